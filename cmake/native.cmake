@@ -1,0 +1,19 @@
+# Attach our own sources to upstream's targets. Every folder below native/ is one include root.
+set(PYLLAMA_DSV4_NATIVE ${CMAKE_SOURCE_DIR}/native)
+
+file(GLOB _ggml_sources  CONFIGURE_DEPENDS ${PYLLAMA_DSV4_NATIVE}/ggml/*.c ${PYLLAMA_DSV4_NATIVE}/ggml/*.cpp)
+file(GLOB _llama_sources CONFIGURE_DEPENDS ${PYLLAMA_DSV4_NATIVE}/llama/*.cpp)
+file(GLOB _capi_sources  CONFIGURE_DEPENDS ${PYLLAMA_DSV4_NATIVE}/capi/*.cpp)
+
+if (_ggml_sources)
+    target_sources(ggml-base PRIVATE ${_ggml_sources})
+endif()
+target_include_directories(ggml-base PUBLIC ${PYLLAMA_DSV4_NATIVE}/ggml)
+
+if (_llama_sources)
+    target_sources(llama PRIVATE ${_llama_sources})
+    # upstream builds its models as one unit; ours keep their own file scope
+    set_source_files_properties(${_llama_sources}
+        TARGET_DIRECTORY llama PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)
+endif()
+target_include_directories(llama PRIVATE ${PYLLAMA_DSV4_NATIVE}/llama)
