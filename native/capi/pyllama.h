@@ -1,0 +1,93 @@
+// C interface between the Python package and the engine.
+//
+// Owns: everything of llama.h that may throw or abort, wrapped so that no C++ exception leaves this library; the log
+// ring; cancellation. Leaves to llama.h: plain getters and sampler constructors, which Python calls directly.
+// Chat formatting and parsing are in chat.h. Parsed by pycparser: plain C, no macros in declarations.
+
+#pragma once
+
+#include "llama.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum pyl_status {
+    PYL_OK             =  0,
+    PYL_ERROR          = -1, // see pyl_last_error() and the log
+    PYL_ERROR_MEMORY   = -2, // an allocation failed
+    PYL_ERROR_ARGUMENT = -3, // a precondition does not hold; nothing was changed
+    PYL_CANCELLED      = -4, // the monitor's cancel flag was seen
+    PYL_CONTEXT_FULL   = -5, // no room for the batch; nothing was changed
+};
+
+// Shared with the thread that waits: it may set `cancel` and read `progress` at any time.
+struct pyl_monitor {
+    int32_t cancel;
+    float   progress; // 0..1
+};
+
+// --- build identity ---
+
+const char * pyl_build_version(void); // version of the Python package
+const char * pyl_build_commit (void); // pinned upstream commit, 40 hex digits
+const char * pyl_build_series (void); // digest of the patch series
+const char * pyl_build_backends(void); // names of the compiled-in backends, space-separated; valid until the next call
+
+// --- errors and log ---
+
+// Reason of the last failure in this thread; "" if there was none.
+const char * pyl_last_error(void);
+
+// Route the engine's log into a ring of the newest lines instead of stderr. Idempotent.
+void pyl_log_init(void);
+
+// Move the oldest line out of the ring. Returns its length (cut to size - 1), or -1 when the ring is empty.
+// level is a ggml_log_level.
+int32_t pyl_log_next(char * buf, int32_t size, int32_t * level);
+
+// --- model and context ---
+
+// NULL on failure; pyl_last_error() is "cancelled" when the monitor asked for it. monitor may be NULL.
+struct llama_model * pyl_model_load(const char * path, struct llama_model_params params, struct pyl_monitor * monitor);
+
+// The monitor must outlive the context: its cancel flag is polled while a graph is computed.
+struct llama_context * pyl_context_init(
+        struct llama_model * model, struct llama_context_params params, struct pyl_monitor * monitor);
+
+enum pyl_outputs {
+    PYL_OUTPUTS_NONE = 0,
+    PYL_OUTPUTS_LAST = 1,
+    PYL_OUTPUTS_ALL  = 2,
+};
+
+// Evaluate n_tokens (at most n_batch) of one sequence at positions pos, pos + 1, ...
+// Returns a pyl_status. After PYL_CANCELLED or PYL_ERROR the sequence's memory is undefined: clear it.
+int32_t pyl_decode(struct llama_context * ctx, const int32_t * tokens, int32_t n_tokens, int32_t pos, int32_t seq_id,
+        enum pyl_outputs outputs);
+
+// Copy the logits of token i of the last decoded batch (-1: the last output) to out[n_vocab].
+int32_t pyl_logits_copy(struct llama_context * ctx, int32_t i, float * out, int32_t n_vocab);
+
+// Sample from logits[n_vocab] with the chain and accept the token. Returns the id, or a negative pyl_status
+// (PYL_ERROR_ARGUMENT when no logit is finite or one is NaN). scratch[n_vocab] is overwritten.
+int32_t pyl_sample(struct llama_sampler * chain, const float * logits, int32_t n_vocab, llama_token_data * scratch);
+
+// --- text ---
+
+// Returns the number of ids, or its negative when n_max is too small; INT32_MIN on failure.
+// parse_special: the text of special tokens becomes their ids.
+int32_t pyl_tokenize(const struct llama_vocab * vocab, const char * text, int32_t n_bytes, int32_t * ids, int32_t n_max,
+        bool parse_special);
+
+// Bytes of one token, special tokens included. Returns their number, or its negative when size is too small;
+// INT32_MIN on failure.
+int32_t pyl_token_bytes(const struct llama_vocab * vocab, int32_t id, char * buf, int32_t size);
+
+// --- machine ---
+
+int32_t pyl_n_cores(void); // physical cores
+
+#ifdef __cplusplus
+}
+#endif
