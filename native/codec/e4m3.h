@@ -19,8 +19,8 @@ inline float e4m3_to_f32(uint8_t code) {
     const uint32_t normal    = (mag << 20) + (120u << 23);                // exponent bias 7 -> 127
     const uint32_t subnormal = f32_to_bits((float) (int32_t) mag * 0x1p-9f); // M * 2^-9, and zero
 
-    uint32_t bits = mag < 8 ? subnormal : normal;
-    bits = mag == E4M3_NAN ? F32_QNAN : bits;
+    uint32_t bits = select(mag < 8, subnormal, normal);
+    bits = select(mag == E4M3_NAN, F32_QNAN, bits);
     return f32_from_bits(sign | bits);
 }
 
@@ -33,13 +33,13 @@ inline uint8_t e4m3_from_f32(float x) {
 
     // keep 3 of 23 mantissa bits; the carry of the rounding may move on into the exponent, which is right
     uint32_t normal = ((mag + 0x0007FFFFu + ((mag >> 20) & 1)) >> 20) - (120u << 3);
-    normal = mag > 0x43E00000u ? (uint32_t) E4M3_MAX : normal; // 448.0f
+    normal = select(mag > 0x43E00000u, E4M3_MAX, normal); // 448.0f
 
     // below 2^-6 the codes are 2^-9 apart, as are the float32 values next to 2^14: the addition rounds
     const uint32_t subnormal = f32_to_bits(f32_from_bits(mag) + 0x1p14f) - f32_to_bits(0x1p14f);
 
-    uint32_t code = mag < 0x3C800000u ? subnormal : normal; // 2^-6
-    code = mag > F32_INF ? (uint32_t) E4M3_NAN : code;
+    uint32_t code = select(mag < 0x3C800000u, subnormal, normal); // 2^-6
+    code = select(mag > F32_INF, E4M3_NAN, code);
     return (uint8_t) (sign | code);
 }
 

@@ -41,13 +41,7 @@ inline uint8_t f8_e4m3_b128_scale(uint32_t amax) {
 // become +-448 times the scale.
 inline void f8_e4m3_b128_encode_row(const float * __restrict x, uint8_t * __restrict blocks, int64_t n_blocks) {
     for (int64_t i = 0; i < n_blocks; i++) {
-        uint32_t amax = 0;
-        for (int k = 0; k < F8_E4M3_B128_N; k++) {
-            uint32_t mag = f32_to_bits(x[k]) & ~F32_SIGN;
-            mag  = mag < F32_INF ? mag : 0;
-            amax = mag > amax ? mag : amax;
-        }
-        const uint8_t e = f8_e4m3_b128_scale(amax);
+        const uint8_t e = f8_e4m3_b128_scale(f32_amax_finite(x, F8_E4M3_B128_N));
 
         // e <= 247, so the factor is a normal number and the product exact, or so small that its code is 0
         const float inv_scale = f32_from_bits((uint32_t) (254 - e) << 23);
