@@ -45,7 +45,7 @@ RATIOS: Final = (0, 4, 128)
 """Legal compression ratios of a layer: none, overlapping windows of 4, windows of 128."""
 
 
-# --- hyper-parameters ---------------------------------------------------------------------------------------
+# --- hyper-parameters -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def _hparams_from_hf_config(c: _HfConfig) -> HParams:
     return hp
 
 
-# --- names --------------------------------------------------------------------------------------------------
+# --- names ----------------------------------------------------------------------------------------
 
 # Tensors whose names differ: native -> upstream, without and with the "blk.N." prefix. All others are equal.
 _TOP_RENAMES: Final = {
@@ -272,7 +272,7 @@ def _rename(name: str, top: Mapping[str, str], layer: Mapping[str, str]) -> str:
     return prefix + layer.get(suffix, suffix)
 
 
-# --- tensors ------------------------------------------------------------------------------------------------
+# --- tensors --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
