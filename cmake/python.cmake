@@ -28,7 +28,7 @@ if (APPLE)
 elseif (UNIX)
     file(WRITE ${CMAKE_BINARY_DIR}/exports.map "{ global: PyInit__llama; local: *; };\n")
     target_link_options(_llama PRIVATE "LINKER:--version-script=${CMAKE_BINARY_DIR}/exports.map"
-        "LINKER:--gc-sections" "LINKER:-z,defs" "$<$<CONFIG:Release>:LINKER:--strip-all>")
+        "LINKER:--gc-sections" "$<$<CONFIG:Release>:LINKER:--strip-all>")
 endif()
 
 # --- _codec ---

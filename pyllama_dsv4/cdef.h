@@ -298,3 +298,4 @@ int32_t pyl_sample(struct llama_sampler *chain, const float *logits, int32_t n_v
 int32_t pyl_tokenize(const struct llama_vocab *vocab, const char *text, int32_t n_bytes, int32_t *ids, int32_t n_max, bool parse_special);
 int32_t pyl_token_bytes(const struct llama_vocab *vocab, int32_t id, char *buf, int32_t size);
 int32_t pyl_n_cores(void);
+int32_t pyl_warm_range(int fd, int64_t offset, int64_t n_bytes, int64_t *n_bytes_resident);

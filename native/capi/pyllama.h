@@ -88,6 +88,10 @@ int32_t pyl_token_bytes(const struct llama_vocab * vocab, int32_t id, char * buf
 
 int32_t pyl_n_cores(void); // physical cores
 
+// Read the given range of the file into the page cache (at most one chunk of a few hundred MiB: it cannot be
+// interrupted). n_bytes_resident: what was there already, in whole pages.
+int32_t pyl_warm_range(int fd, int64_t offset, int64_t n_bytes, int64_t * n_bytes_resident);
+
 #ifdef __cplusplus
 }
 #endif
