@@ -130,12 +130,12 @@ py::array check_out(const char * fn, const py::object & out, py::ssize_t rows, p
 
 // "(3, 17)", the position of flat element i in a
 std::string position(const py::array & a, int64_t i) {
-    std::vector<py::ssize_t> index((size_t) a.ndim());
+    py::tuple index((size_t) a.ndim());
     for (py::ssize_t dim = a.ndim(); dim-- > 0;) {
         index[(size_t) dim] = i % a.shape(dim);
         i /= a.shape(dim);
     }
-    return to_text(py::tuple(py::cast(index)));
+    return to_text(index);
 }
 
 template <typename T>
