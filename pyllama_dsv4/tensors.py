@@ -10,10 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from .errors import CheckpointError
 from .gguf_types import FILE_TYPES, FileType
+
+if TYPE_CHECKING:
+    from .gguf_file import KeyValue
 
 __all__ = [
     "ARCHITECTURE",
@@ -100,6 +103,25 @@ class HParams:
             CheckpointError: A key is missing, of the wrong type, or has a value that no DeepSeek-V4 can have.
         """
         return _hparams_from_hf_config(_HfConfig(config, path))
+
+    @classmethod
+    def from_metadata(
+        cls, kv: Mapping[str, KeyValue], dims: Mapping[str, tuple[int, ...]], *, path: str | None = None
+    ) -> HParams:
+        """Read the hyper-parameters out of a GGUF file's metadata, in either dialect.
+
+        Args:
+            kv: Metadata with the types it has in the file.
+            dims: Dimensions of the file's tensors by name; what the native dialect leaves out follows
+                from them.
+            path: The file, for messages.
+
+        Raises:
+            FormatError: As ``model_keys.read_model_keys``.
+        """
+        from .model_keys import read_model_keys  # it needs this module
+
+        return read_model_keys(kv, dims, path=path).hparams
 
 
 # Spelled out as data so that a missing key is reported under its own name: field, config key.
