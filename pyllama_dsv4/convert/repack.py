@@ -1,0 +1,140 @@
+"""Makes the bytes of output tensors out of checkpoint tensors, in pieces: a 1:1 move of codes and scales.
+
+Each piece is a job that reads its sources, converts them and returns the bytes, so that any number of threads
+can work while memory stays at a few pieces. Nothing here rounds: what would have to change is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from pyllama_dsv4 import _codec
+from pyllama_dsv4.checkpoint import DTYPES, Checkpoint
+from pyllama_dsv4.errors import CheckpointError
+from pyllama_dsv4.tensors import TensorSpec
+
+from .plan import GROUP, TILE, sources
+from .writer import Job
+
+__all__ = ["tensor_jobs"]
+
+PIECE_BYTES: Final = 4 << 20
+"""Aim for pieces of this size: large enough to hide the overhead of a job, small enough for a cache."""
+
+E8M0_NAN: Final = 255
+
+Bytes = npt.NDArray[np.uint8]
+
+
+def tensor_jobs(checkpoint: Checkpoint, spec: TensorSpec) -> Iterator[Job]:
+    """Yield the jobs whose results, one after the other, are the data of a native-dialect tensor.
+
+    Raises (from the jobs):
+        CheckpointError: A value cannot be represented: a NaN scale, a scale that is no power of two, an
+            expert id out of range.
+        ModelFileError: Reading failed.
+    """
+    if spec.kind in ("f8", "mxfp4"):
+        rows, step = spec.dims[1], _rows_per_piece(spec)
+        for weight, scale in sources(spec):
+            assert scale is not None
+            for row in range(0, rows, step):
+                yield partial(_blocks, checkpoint, spec, weight, scale, row, min(row + step, rows))
+    else:
+        name = spec.hf[0]
+        n_elements, step = spec.n_elements, PIECE_BYTES // 8
+        for start in range(0, n_elements, step):
+            yield partial(_values, checkpoint, spec, name, start, min(start + step, n_elements))
+
+
+def _rows_per_piece(spec: TensorSpec) -> int:
+    row_bytes = spec.file_type.n_bytes(spec.dims[0])
+    return max(PIECE_BYTES // row_bytes // TILE, 1) * TILE
+
+
+def _blocks(checkpoint: Checkpoint, spec: TensorSpec, weight: str, scale: str, start: int, end: int) -> Bytes:
+    """Rows ``start`` to ``end`` of a quantised tensor, as blocks of scale and codes."""
+    cols, rows = spec.dims[0], end - start
+    if spec.kind == "f8":
+        codes = _read(checkpoint, weight, start * cols, (rows, cols))
+        scale_shape = (rows // TILE, cols // TILE)
+        scales = _read_scales(checkpoint, scale, start // TILE * scale_shape[1], scale_shape)
+        packed: Bytes = _codec.f8_e4m3_b128_pack(codes, scales, n_threads=1)
+    else:
+        codes = _read(checkpoint, weight, start * cols // 2, (rows, cols // 2)).view(np.uint8)
+        scale_shape = (rows, cols // GROUP)
+        scales = _read_scales(checkpoint, scale, start * scale_shape[1], scale_shape)
+        packed = _codec.mxfp4_pack(codes, scales, n_threads=1)
+    return packed.reshape(-1)
+
+
+def _values(checkpoint: Checkpoint, spec: TensorSpec, name: str, start: int, end: int) -> Bytes:
+    """Elements ``start`` to ``end`` of a tensor of plain numbers."""
+    dtype = checkpoint.tensors[name].dtype
+    values = _read(checkpoint, name, start, (end - start,))
+    if spec.kind == "f32" and dtype == "BF16":
+        values = values.astype("<u4") << 16  # the upper half of an F32 is the BF16 number
+    elif spec.kind == "i32":
+        values = _expert_ids(checkpoint, spec, name, start, values)
+    return values.view(np.uint8)
+
+
+def _expert_ids(
+    checkpoint: Checkpoint, spec: TensorSpec, name: str, start: int, values: npt.NDArray[Any]
+) -> npt.NDArray[Any]:
+    n_expert = int(checkpoint.config["n_routed_experts"])
+    bad = np.flatnonzero((values < 0) | (values >= n_expert))
+    if bad.size:
+        raise CheckpointError(
+            "a routing table names an expert that does not exist",
+            path=checkpoint.tensors[name].path,
+            tensor=name,
+            found=f"{values[bad[0]]} for token {(start + int(bad[0])) // spec.dims[0]}",
+            expected=f"0 to {n_expert - 1}",
+        )
+    return values.astype("<i4")
+
+
+def _read(checkpoint: Checkpoint, name: str, start: int, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """Read elements from index ``start`` on, as many as ``shape`` has."""
+    dtype = DTYPES[checkpoint.tensors[name].dtype]
+    out = np.empty(shape, dtype)
+    checkpoint.read_into(name, start * dtype.itemsize, out.reshape(-1).view(np.uint8))
+    return out
+
+
+def _read_scales(checkpoint: Checkpoint, name: str, start: int, shape: tuple[int, int]) -> Bytes:
+    """Read scales as E8M0 bytes: value 2^(byte - 127)."""
+    tensor = checkpoint.tensors[name]
+    scales = _read(checkpoint, name, start, shape)
+    if tensor.dtype == "F32":
+        bits = scales.view("<u4")
+        # a power of two has an empty mantissa; 2^-127 is subnormal in F32 and byte 0 in E8M0
+        is_power = ((bits & 0x807FFFFF) == 0) & (bits > 0) & (bits < 0x7F800000)
+        is_smallest = bits == 0x00400000
+        bad = np.argwhere(~(is_power | is_smallest))
+        if bad.size:
+            raise _bad_scale(checkpoint, name, start, bad[0], shape, repr(float(scales[tuple(bad[0])])))
+        return np.where(is_smallest, 0, bits >> 23).astype(np.uint8)
+    bad = np.argwhere(scales == E8M0_NAN)
+    if bad.size:
+        raise _bad_scale(checkpoint, name, start, bad[0], shape, f"{E8M0_NAN}, which is NaN")
+    return scales
+
+
+def _bad_scale(
+    checkpoint: Checkpoint, name: str, start: int, at: npt.NDArray[Any], shape: tuple[int, int], found: str
+) -> CheckpointError:
+    row, col = start // shape[1] + int(at[0]), int(at[1])
+    return CheckpointError(
+        "a scale cannot be converted without loss",
+        path=checkpoint.tensors[name].path,
+        tensor=name,
+        found=f"{found} at [{row}, {col}]",
+        expected="a positive power of two from 2^-127 to 2^127",
+    )
