@@ -57,7 +57,8 @@ inline void f8_e4m3_b128_encode_row(const float * __restrict x, uint8_t * __rest
 
 // One row. codes: (n_blocks, 128), scales: (n_blocks), the tile scales of that row -> blocks: (n_blocks, 129).
 inline void f8_e4m3_b128_pack_row(
-        const uint8_t * __restrict codes, const uint8_t * __restrict scales, uint8_t * __restrict blocks, int64_t n_blocks) {
+        const uint8_t * __restrict codes, const uint8_t * __restrict scales, uint8_t * __restrict blocks,
+        int64_t n_blocks) {
     for (int64_t i = 0; i < n_blocks; i++) {
         blocks[0] = scales[i];
         std::memcpy(blocks + 1, codes, F8_E4M3_B128_N);
@@ -69,7 +70,8 @@ inline void f8_e4m3_b128_pack_row(
 // One row of codes back. Returns the first block whose scale byte differs from scales[i], or -1. Codes are complete
 // only if it returns -1.
 inline int64_t f8_e4m3_b128_unpack_row(
-        const uint8_t * __restrict blocks, const uint8_t * __restrict scales, uint8_t * __restrict codes, int64_t n_blocks) {
+        const uint8_t * __restrict blocks, const uint8_t * __restrict scales, uint8_t * __restrict codes,
+        int64_t n_blocks) {
     for (int64_t i = 0; i < n_blocks; i++) {
         if (blocks[0] != scales[i]) {
             return i;

@@ -9,6 +9,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -77,7 +78,8 @@ py::array check_array(const char * fn, const char * arg, const py::object & obje
 // Number of blocks in an array whose rows must be whole blocks of `block` elements.
 py::ssize_t check_rows(const char * fn, const char * arg, const py::array & a, py::ssize_t block) {
     if (a.ndim() == 0 || a.shape(a.ndim() - 1) % block != 0) {
-        throw py::value_error(message(fn, arg, describe(a), "a last dimension that is a multiple of " + std::to_string(block)));
+        const std::string expected = "a last dimension that is a multiple of " + std::to_string(block);
+        throw py::value_error(message(fn, arg, describe(a), expected));
     }
     return a.size()/block;
 }
@@ -138,11 +140,6 @@ std::string position(const py::array & a, int64_t i) {
     return to_text(index);
 }
 
-template <typename T>
-std::string value_at(const py::array & a, int64_t i) {
-    return to_text(py::cast(((const T *) a.data())[i]));
-}
-
 // --- loops ---------------------------------------------------------------------------------------------------------
 
 shape_t shape_of(const py::array & a) {
@@ -162,7 +159,10 @@ void run(int64_t n_items, int64_t bytes_per_item, int n_threads, const F & fn) {
 
 // y[i] = convert(x[i])
 template <typename X, typename Y, typename F>
-py::array map_elements(const py::array & in, int n_threads, const F & convert) {
+py::array map_elements(const char * fn, const char * arg, const py::object & object, int n_threads, const F & convert) {
+    const py::array in = check_array<X>(fn, arg, object);
+    check_threads(fn, n_threads);
+
     py::array_t<Y> out(shape_of(in));
     const X * x = (const X *) in.data();
     Y       * y = data_of<Y>(out);
@@ -176,10 +176,36 @@ py::array map_elements(const py::array & in, int n_threads, const F & convert) {
     return std::move(out);
 }
 
+// The same for a convert(x[i], &y[i]) that returns false for values without a code. The first of them is refused.
+template <typename X, typename Y, typename F>
+py::array map_elements_strict(const char * fn, const char * arg, const py::object & object, int n_threads,
+                              const char * expected, const char * hint, const F & convert) {
+    const py::array in = check_array<X>(fn, arg, object);
+    check_threads(fn, n_threads);
+
+    py::array_t<Y> out(shape_of(in));
+    const X   * x = (const X *) in.data();
+    Y         * y = data_of<Y>(out);
+    first_index bad;
+    run(in.size(), sizeof(X) + sizeof(Y), n_threads, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) {
+            if (!convert(x[i], &y[i])) {
+                bad.report(i);
+                return;
+            }
+        }
+    });
+    if (bad.get() >= 0) {
+        const std::string found = to_text(py::cast(x[bad.get()])) + " at index " + position(in, bad.get());
+        throw py::value_error(message(fn, arg, found, expected, hint));
+    }
+    return std::move(out);
+}
+
 // y = convert(x) block by block, nx elements of X to ny of Y
 template <typename X, typename Y, typename F>
-py::array map_blocks(const char * fn, const char * arg, const py::object & object, int64_t nx, int64_t ny, int n_threads,
-                     const F & convert) {
+py::array map_blocks(const char * fn, const char * arg, const py::object & object, int n_threads, int64_t nx,
+                     int64_t ny, const F & convert) {
     const py::array in       = check_array<X>(fn, arg, object);
     const int64_t   n_blocks = check_rows(fn, arg, in, nx);
     check_threads(fn, n_threads);
@@ -198,106 +224,54 @@ py::array map_blocks(const char * fn, const char * arg, const py::object & objec
 
 // --- single codes --------------------------------------------------------------------------------------------------
 
+// Lambdas, where the codec function itself would do, because only those are inlined and vectorised.
+
 py::array py_e4m3_decode(const py::object & codes, int n_threads) {
-    const py::array in = check_array<uint8_t>("e4m3_decode", "codes", codes);
-    check_threads("e4m3_decode", n_threads);
-    return map_elements<uint8_t, float>(in, n_threads, e4m3_to_f32);
+    const auto convert = [](uint8_t code) { return e4m3_to_f32(code); };
+    return map_elements<uint8_t, float>("e4m3_decode", "codes", codes, n_threads, convert);
 }
 
 py::array py_e4m3_encode(const py::object & x, int n_threads) {
-    const py::array in = check_array<float>("e4m3_encode", "x", x);
-    check_threads("e4m3_encode", n_threads);
-    return map_elements<float, uint8_t>(in, n_threads, e4m3_from_f32);
+    const auto convert = [](float value) { return e4m3_from_f32(value); };
+    return map_elements<float, uint8_t>("e4m3_encode", "x", x, n_threads, convert);
 }
 
 py::array py_e8m0_decode(const py::object & codes, int n_threads) {
-    const py::array in = check_array<uint8_t>("e8m0_decode", "codes", codes);
-    check_threads("e8m0_decode", n_threads);
-    return map_elements<uint8_t, float>(in, n_threads, e8m0_to_f32);
+    const auto convert = [](uint8_t code) { return e8m0_to_f32(code); };
+    return map_elements<uint8_t, float>("e8m0_decode", "codes", codes, n_threads, convert);
 }
 
 py::array py_e8m0_encode(const py::object & x, int n_threads) {
-    const char * fn = "e8m0_encode";
-    const py::array in = check_array<float>(fn, "x", x);
-    check_threads(fn, n_threads);
-
-    py::array_t<uint8_t> out(shape_of(in));
-    const float * src = (const float *) in.data();
-    uint8_t     * dst = data_of<uint8_t>(out);
-    first_index   bad;
-    run(in.size(), sizeof(float) + 1, n_threads, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; i++) {
-            if (!e8m0_from_f32(src[i], &dst[i])) {
-                bad.report(i);
-                return;
-            }
-        }
-    });
-    if (bad.get() >= 0) {
-        throw py::value_error(message(fn, "x", value_at<float>(in, bad.get()) + " at index " + position(in, bad.get()),
-                                      "powers of two in 2**-127 .. 2**127", "E8M0 holds nothing else"));
-    }
-    return std::move(out);
+    return map_elements_strict<float, uint8_t>("e8m0_encode", "x", x, n_threads, "powers of two in 2**-127 .. 2**127",
+                                               "E8M0 holds nothing else", e8m0_from_f32);
 }
 
 py::array py_e2m1_decode(const py::object & codes, int n_threads) {
-    const char * fn = "e2m1_decode";
-    const py::array in = check_array<uint8_t>(fn, "codes", codes);
-    check_threads(fn, n_threads);
-
-    py::array_t<float> out(shape_of(in));
-    const uint8_t * src = (const uint8_t *) in.data();
-    float         * dst = data_of<float>(out);
-    first_index     bad;
-    run(in.size(), 1 + sizeof(float), n_threads, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; i++) {
-            if (src[i] > 15) {
-                bad.report(i);
-                return;
-            }
-            dst[i] = e2m1_to_f32(src[i]);
-        }
-    });
-    if (bad.get() >= 0) {
-        throw py::value_error(message(fn, "codes", value_at<uint8_t>(in, bad.get()) + " at index " + position(in, bad.get()),
-                                      "one code of 0 .. 15 per byte", "Split packed bytes into nibbles first"));
-    }
-    return std::move(out);
+    const auto convert = [](uint8_t code, float * value) {
+        *value = e2m1_to_f32(code);
+        return code < 16;
+    };
+    return map_elements_strict<uint8_t, float>("e2m1_decode", "codes", codes, n_threads, "one code of 0 .. 15 per byte",
+                                               "Split packed bytes into nibbles first", convert);
 }
 
 py::array py_e2m1_encode(const py::object & x, int n_threads) {
-    const char * fn = "e2m1_encode";
-    const py::array in = check_array<float>(fn, "x", x);
-    check_threads(fn, n_threads);
-
-    py::array_t<uint8_t> out(shape_of(in));
-    const float * src = (const float *) in.data();
-    uint8_t     * dst = data_of<uint8_t>(out);
-    first_index   bad;
-    run(in.size(), sizeof(float) + 1, n_threads, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; i++) {
-            if (src[i] != src[i]) {
-                bad.report(i);
-                return;
-            }
-            dst[i] = e2m1_from_f32(src[i]);
-        }
-    });
-    if (bad.get() >= 0) {
-        throw py::value_error(message(fn, "x", "NaN at index " + position(in, bad.get()), "numbers", "E2M1 has no NaN"));
-    }
-    return std::move(out);
+    const auto convert = [](float value, uint8_t * code) {
+        *code = e2m1_from_f32(value);
+        return value == value;
+    };
+    return map_elements_strict<float, uint8_t>("e2m1_encode", "x", x, n_threads, "numbers", "E2M1 has no NaN", convert);
 }
 
 // --- F8_E4M3_B128 --------------------------------------------------------------------------------------------------
 
 py::array py_f8_decode(const py::object & blocks, int n_threads) {
-    return map_blocks<uint8_t, float>("f8_e4m3_b128_decode", "blocks", blocks, F8_E4M3_B128_BYTES, F8_E4M3_B128_N, n_threads,
-                                      f8_e4m3_b128_decode_row);
+    return map_blocks<uint8_t, float>("f8_e4m3_b128_decode", "blocks", blocks, n_threads, F8_E4M3_B128_BYTES,
+                                      F8_E4M3_B128_N, f8_e4m3_b128_decode_row);
 }
 
 py::array py_f8_encode(const py::object & x, int n_threads) {
-    return map_blocks<float, uint8_t>("f8_e4m3_b128_encode", "x", x, F8_E4M3_B128_N, F8_E4M3_B128_BYTES, n_threads,
+    return map_blocks<float, uint8_t>("f8_e4m3_b128_encode", "x", x, n_threads, F8_E4M3_B128_N, F8_E4M3_B128_BYTES,
                                       f8_e4m3_b128_encode_row);
 }
 
@@ -347,7 +321,8 @@ py::tuple py_f8_unpack(const py::object & blocks, int n_threads) {
                 tile_scales[b] = src[t*F8_TILE_ROWS*row_bytes + b*F8_E4M3_B128_BYTES];
             }
             for (int64_t r = t*F8_TILE_ROWS; r < (t + 1)*F8_TILE_ROWS; r++) {
-                const int64_t b = f8_e4m3_b128_unpack_row(src + r*row_bytes, tile_scales, codes + r*n_blocks*F8_E4M3_B128_N, n_blocks);
+                const int64_t b = f8_e4m3_b128_unpack_row(src + r*row_bytes, tile_scales,
+                                                          codes + r*n_blocks*F8_E4M3_B128_N, n_blocks);
                 if (b >= 0) {
                     bad.report(r*n_blocks + b);
                     return;
@@ -372,11 +347,12 @@ py::tuple py_f8_unpack(const py::object & blocks, int n_threads) {
 // --- MXFP4 ---------------------------------------------------------------------------------------------------------
 
 py::array py_mxfp4_decode(const py::object & blocks, int n_threads) {
-    return map_blocks<uint8_t, float>("mxfp4_decode", "blocks", blocks, MXFP4_BYTES, MXFP4_N, n_threads, mxfp4_decode_row);
+    return map_blocks<uint8_t, float>("mxfp4_decode", "blocks", blocks, n_threads, MXFP4_BYTES, MXFP4_N,
+                                      mxfp4_decode_row);
 }
 
 py::array py_mxfp4_encode(const py::object & x, int n_threads) {
-    return map_blocks<float, uint8_t>("mxfp4_encode", "x", x, MXFP4_N, MXFP4_BYTES, n_threads, mxfp4_encode_row);
+    return map_blocks<float, uint8_t>("mxfp4_encode", "x", x, n_threads, MXFP4_N, MXFP4_BYTES, mxfp4_encode_row);
 }
 
 py::array py_mxfp4_pack(const py::object & weight, const py::object & scale, const py::object & out, int n_threads) {
@@ -424,8 +400,8 @@ py::tuple py_mxfp4_unpack(const py::object & blocks, int n_threads) {
 
 // Counts the bytes that a converter or quantiser should not have written. count_nan(block) -> number of NaN codes.
 template <typename F>
-py::object check_blocks(const char * fn, const py::object & stats_type, const py::object & blocks, int block_bytes,
-                        int n_threads, const F & count_nan) {
+py::object check_blocks(const char * fn, const py::object & stats_type, const py::object & blocks, int n_threads,
+                        int block_bytes, const F & count_nan) {
     const py::array in       = check_array<uint8_t>(fn, "blocks", blocks);
     const int64_t   n_blocks = check_rows(fn, "blocks", in, block_bytes);
     check_threads(fn, n_threads);
@@ -457,41 +433,42 @@ py::object check_blocks(const char * fn, const py::object & stats_type, const py
 PYBIND11_MODULE(_codec, m, py::mod_gil_not_used()) {
     m.doc() = "FP8 and FP4 codecs over numpy arrays; see _codec.pyi for shapes, rounding and errors.";
 
-    const auto threads = py::arg("n_threads") = 0;
-    const py::kw_only keyword_only;
+    const auto def = [&m](const char * name, auto fn, const char * arg, const char * doc) {
+        m.def(name, fn, doc, py::arg(arg), py::kw_only(), py::arg("n_threads") = 0);
+    };
+    def("e4m3_decode", py_e4m3_decode, "codes", "E4M3FN codes to float32.");
+    def("e4m3_encode", py_e4m3_encode, "x", "float32 to the nearest E4M3FN codes, ties to even, saturating.");
+    def("e8m0_decode", py_e8m0_decode, "codes", "E8M0 scale bytes to float32.");
+    def("e8m0_encode", py_e8m0_encode, "x", "Powers of two to E8M0 scale bytes.");
+    def("e2m1_decode", py_e2m1_decode, "codes", "E2M1 codes, one per byte, to float32.");
+    def("e2m1_encode", py_e2m1_encode, "x", "float32 to the nearest E2M1 codes, ties to even, saturating.");
 
-    m.def("e4m3_decode", &py_e4m3_decode, "E4M3FN codes to float32.", py::arg("codes"), keyword_only, threads);
-    m.def("e4m3_encode", &py_e4m3_encode, "float32 to the nearest E4M3FN codes, ties to even, saturating.", py::arg("x"),
-          keyword_only, threads);
-    m.def("e8m0_decode", &py_e8m0_decode, "E8M0 scale bytes to float32.", py::arg("codes"), keyword_only, threads);
-    m.def("e8m0_encode", &py_e8m0_encode, "Powers of two to E8M0 scale bytes.", py::arg("x"), keyword_only, threads);
-    m.def("e2m1_decode", &py_e2m1_decode, "E2M1 codes, one per byte, to float32.", py::arg("codes"), keyword_only, threads);
-    m.def("e2m1_encode", &py_e2m1_encode, "float32 to the nearest E2M1 codes, ties to even, saturating.", py::arg("x"),
-          keyword_only, threads);
+    def("f8_e4m3_b128_decode", py_f8_decode, "blocks", "F8_E4M3_B128 blocks to float32.");
+    def("f8_e4m3_b128_encode", py_f8_encode, "x", "float32 to F8_E4M3_B128 blocks.");
+    def("f8_e4m3_b128_unpack", py_f8_unpack, "blocks", "The inverse of f8_e4m3_b128_pack: (weight, scale).");
+    def("mxfp4_decode", py_mxfp4_decode, "blocks", "MXFP4 blocks to float32.");
+    def("mxfp4_encode", py_mxfp4_encode, "x", "float32 to MXFP4 blocks, as ggml quantises.");
+    def("mxfp4_unpack", py_mxfp4_unpack, "blocks", "The inverse of mxfp4_pack: (weight, scale).");
 
-    m.def("f8_e4m3_b128_decode", &py_f8_decode, "F8_E4M3_B128 blocks to float32.", py::arg("blocks"), keyword_only, threads);
-    m.def("f8_e4m3_b128_encode", &py_f8_encode, "float32 to F8_E4M3_B128 blocks.", py::arg("x"), keyword_only, threads);
-    m.def("f8_e4m3_b128_pack", &py_f8_pack, "FP8 codes and 128x128 tile scales to blocks, bytes untouched.",
-          py::arg("weight"), py::arg("scale"), keyword_only, py::arg("out") = py::none(), threads);
-    m.def("f8_e4m3_b128_unpack", &py_f8_unpack, "The inverse of f8_e4m3_b128_pack: (weight, scale).", py::arg("blocks"),
-          keyword_only, threads);
-
-    m.def("mxfp4_decode", &py_mxfp4_decode, "MXFP4 blocks to float32.", py::arg("blocks"), keyword_only, threads);
-    m.def("mxfp4_encode", &py_mxfp4_encode, "float32 to MXFP4 blocks, as ggml quantises.", py::arg("x"), keyword_only, threads);
-    m.def("mxfp4_pack", &py_mxfp4_pack, "FP4 codes in checkpoint order and their scales to blocks, codes untouched.",
-          py::arg("weight"), py::arg("scale"), keyword_only, py::arg("out") = py::none(), threads);
-    m.def("mxfp4_unpack", &py_mxfp4_unpack, "The inverse of mxfp4_pack: (weight, scale).", py::arg("blocks"), keyword_only,
-          threads);
+    const auto def_pack = [&m](const char * name, auto fn, const char * doc) {
+        m.def(name, fn, doc, py::arg("weight"), py::arg("scale"), py::kw_only(), py::arg("out") = py::none(),
+              py::arg("n_threads") = 0);
+    };
+    def_pack("f8_e4m3_b128_pack", py_f8_pack, "FP8 codes and 128x128 tile scales to blocks, bytes untouched.");
+    def_pack("mxfp4_pack", py_mxfp4_pack, "FP4 codes in checkpoint order and scales to blocks, bits untouched.");
 
     const py::object stats_type = py::module_::import("collections").attr("namedtuple")(
         "BlockStats", "n_blocks n_scale_nan i_scale_nan n_scale_zero i_scale_zero n_code_nan i_code_nan",
         py::arg("module") = "pyllama_dsv4._codec");
     m.attr("BlockStats") = stats_type;
-    m.def("f8_e4m3_b128_check", [stats_type](const py::object & blocks, int n_threads) {
-        return check_blocks("f8_e4m3_b128_check", stats_type, blocks, F8_E4M3_B128_BYTES, n_threads, f8_e4m3_b128_count_nan);
-    }, "Count NaN scales, smallest scales and NaN codes: a BlockStats.", py::arg("blocks"), keyword_only, threads);
-    m.def("mxfp4_check", [stats_type](const py::object & blocks, int n_threads) {
-        const auto no_nan = [](const uint8_t *) { return 0; }; // E2M1 has none
-        return check_blocks("mxfp4_check", stats_type, blocks, MXFP4_BYTES, n_threads, no_nan);
-    }, "Count NaN scales and smallest scales: a BlockStats.", py::arg("blocks"), keyword_only, threads);
+    const auto f8_check = [stats_type](const py::object & blocks, int n_threads) {
+        const auto count_nan = [](const uint8_t * block) { return f8_e4m3_b128_count_nan(block); };
+        return check_blocks("f8_e4m3_b128_check", stats_type, blocks, n_threads, F8_E4M3_B128_BYTES, count_nan);
+    };
+    const auto mxfp4_check = [stats_type](const py::object & blocks, int n_threads) {
+        const auto count_nan = [](const uint8_t *) { return 0; }; // E2M1 has none
+        return check_blocks("mxfp4_check", stats_type, blocks, n_threads, MXFP4_BYTES, count_nan);
+    };
+    def("f8_e4m3_b128_check", f8_check, "blocks", "Count NaN scales, smallest scales and NaN codes: a BlockStats.");
+    def("mxfp4_check", mxfp4_check, "blocks", "Count NaN scales and smallest scales: a BlockStats.");
 }

@@ -65,7 +65,8 @@ inline void mxfp4_encode_row(const float * __restrict x, uint8_t * __restrict bl
         for (int j = 0; j < MXFP4_N; j++) {
             const uint32_t bits = f32_to_bits(x[j]);
             const float    mag  = f32_from_bits(bits & ~F32_SIGN); // all comparisons are false for NaN
-            const int      code = (mag > t0) + (mag > t1) + (mag > t2) + (mag > t3) + (mag > t4) + (mag > t5) + (mag > t6);
+            const int      code = (mag > t0) + (mag > t1) + (mag > t2) + (mag > t3)
+                                + (mag > t4) + (mag > t5) + (mag > t6);
             const uint32_t sign = code != 0 ? bits >> 28 & 8 : 0;
             codes[j] = (uint8_t) (sign | (uint32_t) code);
         }
@@ -83,7 +84,8 @@ inline void mxfp4_encode_row(const float * __restrict x, uint8_t * __restrict bl
 // With a = byte k and b = byte k+8 of the checkpoint (values 2k, 2k+1 and 2k+16, 2k+17), bytes 2k and 2k+1 of the
 // block are low(a) | low(b) << 4 and high(a) | high(b) << 4: one 16-bit word, which is what makes the loop vectorise.
 inline void mxfp4_pack_row(
-        const uint8_t * __restrict weight, const uint8_t * __restrict scales, uint8_t * __restrict blocks, int64_t n_blocks) {
+        const uint8_t * __restrict weight, const uint8_t * __restrict scales, uint8_t * __restrict blocks,
+        int64_t n_blocks) {
     for (int64_t i = 0; i < n_blocks; i++) {
         uint16_t q[MXFP4_N/4];
         for (int k = 0; k < MXFP4_N/4; k++) {

@@ -170,7 +170,7 @@ def test_e2m1_encode_random(x: np.ndarray) -> None:
 
 
 def test_e2m1_encode_refuses_nan() -> None:
-    with pytest.raises(ValueError, match=r"e2m1_encode: argument 'x': found NaN at index \(1, 0\)"):
+    with pytest.raises(ValueError, match=r"e2m1_encode: argument 'x': found nan at index \(1, 0\)"):
         _codec.e2m1_encode(np.array([[1, 2], [np.nan, np.nan]], np.float32))
 
 
