@@ -1,1 +1,56 @@
-"""pyllama-dsv4: DeepSeek-V4 from its native FP4/FP8 GGUF."""
+"""DeepSeek-V4 from its native FP4/FP8 GGUF, exactly as released: llama.cpp with FP8 weights, from Python.
+
+``Llama`` and the classes beside it load the engine on first use; importing this package, its errors, and everything
+that only looks at files (``header``, ``convert``) does not.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from . import errors
+from .errors import PyllamaError
+
+if TYPE_CHECKING:
+    from .llama import Llama, SamplingOptions, Stats
+    from .sampler import SamplingParams
+    from .warmup import Progress
+
+__all__ = [
+    "Llama",
+    "Progress",
+    "PyllamaError",
+    "SamplingOptions",
+    "SamplingParams",
+    "Stats",
+    "__version__",
+    "errors",
+]
+
+_LAZY = {
+    "Llama": "llama",
+    "Progress": "warmup",
+    "SamplingOptions": "llama",
+    "SamplingParams": "sampler",
+    "Stats": "llama",
+}
+
+try:
+    __version__ = metadata.version("pyllama-dsv4")
+except metadata.PackageNotFoundError:  # imported from a source folder without an install
+    __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        from importlib import import_module
+
+        value = getattr(import_module(f".{_LAZY[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

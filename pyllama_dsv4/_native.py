@@ -136,7 +136,9 @@ _STATUS: dict[int, type[errors.PyllamaError]] = {
 
 def _fail(cls: type[errors.PyllamaError], op: str, **facts: Any) -> NoReturn:
     reason = text(lib.pyl_last_error())
-    raise cls(f"{op} failed: {reason}" if reason else f"{op} failed", native_log=log_tail(clear=True), **facts)
+    raise cls(
+        f"{op} failed: {reason}" if reason else f"{op} failed", native_log=log_tail(clear=True), **facts
+    )
 
 
 def check(status: int, op: str, **facts: Any) -> int:

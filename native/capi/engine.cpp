@@ -5,6 +5,7 @@
 
 #include "common.h"
 #include "ggml-backend.h"
+#include "llama-arch.h"
 
 #include <climits>
 #include <cmath>
@@ -72,6 +73,10 @@ const char * pyl_build_backends(void) {
         names += (i ? " " : "") + std::string(ggml_backend_reg_name(ggml_backend_reg_get(i)));
     }
     return names.c_str();
+}
+
+bool pyl_knows_architecture(const char * name) {
+    return pyl_guard([&] { return int32_t(llm_arch_from_string(name) != LLM_ARCH_UNKNOWN); }) == 1;
 }
 
 struct llama_model * pyl_model_load(const char * path, struct llama_model_params params, struct pyl_monitor * monitor) {

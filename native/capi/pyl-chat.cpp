@@ -1,13 +1,18 @@
+// Strings in, JSON out, around upstream's chat engine: reads requests, formats prompts, and hands answers to
+// answer-reader.
+
 #include "pyl-chat.h"
 
+#include "answer-reader.h"
 #include "error.h"
+#include "nesting.h"
 #include "prompt-tokens.h"
 
 #include "chat.h"
 #include "jinja/lexer.h"
 #include "jinja/parser.h"
 
-#include <climits>
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -15,9 +20,6 @@
 using json = common_json;
 
 namespace {
-
-// Upstream's JSON and template code recurses over nested values; a deeper one could use up the stack.
-constexpr int N_NESTED_MAX = 256;
 
 struct bad_request : std::runtime_error {
     using std::runtime_error::runtime_error;
@@ -47,32 +49,9 @@ void set_out(char ** out, const json & value) {
     *out = copy;
 }
 
-int nesting(const std::string & text) {
-    int  depth     = 0;
-    int  deepest   = 0;
-    bool in_string = false;
-    for (size_t i = 0; i < text.size(); i++) {
-        const char c = text[i];
-        if (in_string) {
-            if (c == '\\') {
-                i++;
-            } else if (c == '"') {
-                in_string = false;
-            }
-        } else if (c == '"') {
-            in_string = true;
-        } else if (c == '[' || c == '{') {
-            deepest = std::max(deepest, ++depth);
-        } else if (c == ']' || c == '}') {
-            depth--;
-        }
-    }
-    return deepest;
-}
-
 json parse_json(const std::string & text, const char * what) {
-    if (nesting(text) > N_NESTED_MAX) {
-        throw bad_request(std::string(what) + ": JSON nested deeper than " + std::to_string(N_NESTED_MAX) + " levels");
+    if (pyl_json_nesting(text.data(), text.size()) > PYL_N_NESTED_MAX) {
+        throw bad_request(std::string(what) + ": JSON nested deeper than " + std::to_string(PYL_N_NESTED_MAX) + " levels");
     }
     try {
         return json::parse(text);
@@ -188,11 +167,46 @@ const char * trigger_type(common_grammar_trigger_type type) {
 }
 
 json parser_state(const common_chat_params & params, const common_chat_templates_inputs & inputs) {
+    const auto & preserved = params.preserved_tokens;
+    const bool   is_dsml   = std::find(preserved.begin(), preserved.end(), "｜DSML｜") != preserved.end();
     return json{
-        { "format",            (int32_t) params.format           },
-        { "reasoning_format",  (int32_t) inputs.reasoning_format },
-        { "generation_prompt", params.generation_prompt          },
-        { "parser",            params.parser                     },
+        { "format",            (int32_t) params.format               },
+        { "generation_prompt", params.generation_prompt              },
+        { "is_text",           is_dsml && inputs.json_schema.empty() },
+        { "parser",            params.parser                         },
+    };
+}
+
+json delta_json(const pyl_answer_delta & delta) {
+    json out = json::object();
+    if (!delta.reasoning_content.empty()) {
+        out["reasoning_content"] = delta.reasoning_content;
+    }
+    if (!delta.content.empty()) {
+        out["content"] = delta.content;
+    }
+    if (!delta.calls.empty()) {
+        auto & calls = out["tool_calls"] = json::array();
+        for (const auto & call : delta.calls) {
+            json piece = { { "index", call.index }, { "arguments", call.arguments } };
+            if (call.is_new) {
+                piece["name"] = call.name;
+            }
+            calls.push_back(piece);
+        }
+    }
+    return out;
+}
+
+json message_json(const common_chat_msg & msg) {
+    json calls = json::array();
+    for (const auto & call : msg.tool_calls) {
+        calls.push_back({ { "name", call.name }, { "arguments", call.arguments } });
+    }
+    return json{
+        { "content",           msg.content           },
+        { "reasoning_content", msg.reasoning_content },
+        { "tool_calls",        calls                 },
     };
 }
 
@@ -205,9 +219,7 @@ struct pyl_chat {
 };
 
 struct pyl_chat_parser {
-    common_chat_parser_params params;
-    std::string               text; // all of the answer so far
-    common_chat_msg           said; // what the deltas so far add up to
+    pyl_answer_reader reader;
 };
 
 struct pyl_chat * pyl_chat_init(const struct llama_model * model, const char * template_text) {
@@ -279,103 +291,25 @@ int32_t pyl_chat_format(const struct pyl_chat * chat, const char * request_json,
 
 // --- parser ---
 
-namespace {
-
-bool try_parse(const pyl_chat_parser & parser, bool is_partial, common_chat_msg & out) {
-    try {
-        out = common_chat_parse(parser.text, is_partial, parser.params);
-        return true;
-    } catch (const std::bad_alloc &) {
-        throw;
-    } catch (const std::exception &) {
-        return false;
-    }
-}
-
-// Append to `said` what `now` has more; nothing when it is not a continuation (upstream may see the end of a text
-// differently once more of it is there, and what has been said cannot be taken back).
-std::string grow(std::string & said, const std::string & now) {
-    if (now.size() <= said.size() || now.compare(0, said.size(), said) != 0) {
-        return "";
-    }
-    std::string delta = now.substr(said.size());
-    said = now;
-    return delta;
-}
-
-json message_deltas(common_chat_msg & said, const common_chat_msg & now) {
-    json deltas = json::object();
-    const auto reasoning = grow(said.reasoning_content, now.reasoning_content);
-    if (!reasoning.empty()) {
-        deltas["reasoning_content"] = reasoning;
-    }
-    const auto content = grow(said.content, now.content);
-    if (!content.empty()) {
-        deltas["content"] = content;
-    }
-    json calls = json::array();
-    for (size_t i = 0; i < now.tool_calls.size(); i++) {
-        const bool is_new = i == said.tool_calls.size();
-        if (is_new) {
-            said.tool_calls.push_back({ now.tool_calls[i].name, "", "" });
-        }
-        const auto arguments = grow(said.tool_calls[i].arguments, now.tool_calls[i].arguments);
-        if (is_new) {
-            calls.push_back({ { "index", i }, { "name", now.tool_calls[i].name }, { "arguments", arguments } });
-        } else if (!arguments.empty()) {
-            calls.push_back({ { "index", i }, { "arguments", arguments } });
-        }
-    }
-    if (!calls.empty()) {
-        deltas["tool_calls"] = calls;
-    }
-    return deltas;
-}
-
-bool is_same(const common_chat_msg & a, const common_chat_msg & b) {
-    if (a.content != b.content || a.reasoning_content != b.reasoning_content ||
-        a.tool_calls.size() != b.tool_calls.size()) {
-        return false;
-    }
-    for (size_t i = 0; i < a.tool_calls.size(); i++) {
-        if (a.tool_calls[i].name != b.tool_calls[i].name || a.tool_calls[i].arguments != b.tool_calls[i].arguments) {
-            return false;
-        }
-    }
-    return true;
-}
-
-json message_json(const common_chat_msg & msg) {
-    json calls = json::array();
-    for (const auto & call : msg.tool_calls) {
-        calls.push_back({ { "name", call.name }, { "arguments", call.arguments } });
-    }
-    return json{
-        { "content",           msg.content           },
-        { "reasoning_content", msg.reasoning_content },
-        { "tool_calls",        calls                 },
-    };
-}
-
-} // namespace
-
 struct pyl_chat_parser * pyl_chat_parser_init(const char * state) {
     pyl_chat_parser * parser = nullptr;
     guard_request([&] {
         const json body = parse_json(state, "parser state");
         common_chat_parser_params params;
+        bool is_text = false;
         try {
             params.format            = (common_chat_format) body.at("format").get<int32_t>();
-            params.reasoning_format  = (common_reasoning_format) body.at("reasoning_format").get<int32_t>();
             params.generation_prompt = body.at("generation_prompt").get<std::string>();
-            const auto arena = body.at("parser").get<std::string>();
-            if (!arena.empty()) {
-                params.parser.load(arena);
-            }
+            is_text                  = body.at("is_text").get<bool>();
+            params.parser.load(body.at("parser").get<std::string>());
         } catch (const common_json_error & err) {
             throw bad_request(std::string("parser state: ") + err.what());
         }
-        parser = new pyl_chat_parser{ std::move(params), "", {} };
+        if (params.format != COMMON_CHAT_FORMAT_PEG_NATIVE) {
+            throw bad_request(std::string("parser state: answers in the format '") +
+                              common_chat_format_name(params.format) + "' cannot be read");
+        }
+        parser = new pyl_chat_parser{ pyl_answer_reader(std::move(params), is_text) };
     });
     return parser;
 }
@@ -388,20 +322,19 @@ int32_t pyl_chat_parser_push(
         struct pyl_chat_parser * parser, const char * text, int32_t n_bytes, bool is_final, char ** out) {
     *out = nullptr;
     return guard_request([&] {
-        parser->text.append(text, n_bytes);
-
-        // text that does not follow the format stays so, whatever comes; what can be read of it stays said
-        common_chat_msg now = parser->said;
-        bool complete = try_parse(*parser, !is_final, now);
-        if (is_final && !complete) {
-            try_parse(*parser, true, now);
+        auto & reader = parser->reader;
+        pyl_answer_delta delta = reader.push(std::string(text, n_bytes));
+        if (!is_final) {
+            set_out(out, json{ { "deltas", delta_json(delta) } });
+            return;
         }
-        json answer = { { "deltas", message_deltas(parser->said, now) } };
-        if (is_final) {
-            answer["message"]  = message_json(parser->said);
-            answer["complete"] = complete && is_same(parser->said, now);
-        }
-        set_out(out, answer);
+        bool complete = false;
+        delta.append(reader.finish(complete));
+        set_out(out, json{
+            { "deltas",   delta_json(delta)              },
+            { "message",  message_json(reader.message()) },
+            { "complete", complete                       },
+        });
     });
 }
 

@@ -51,15 +51,16 @@ struct pyl_chat_parser * pyl_chat_parser_init(const char * state);
 
 void pyl_chat_parser_free(struct pyl_chat_parser * parser);
 
-// Read the next piece of the answer: whole UTF-8 characters. is_final: nothing follows, say what was held back.
-// A piece that may be the beginning of markup is held back until it is clear what it is. Returns a pyl_status.
+// Read the next piece of the answer: whole UTF-8 characters. is_final: nothing follows. What may be the beginning of
+// markup is held back until it is clear what it is, at the latest until the end. Returns a pyl_status.
 //
 // out: {"deltas": {"content": str, "reasoning_content": str,
-//                  "tool_calls": [{"index": int, "name": str (once), "arguments": str}]}, members only when not empty
+//                  "tool_calls": [{"index": int, "name": str, "arguments": str}]}, members only when not empty; "name"
+//                  with the first piece of a call only; arguments is JSON text that grows
 //       "message": {"content": str, "reasoning_content": str, "tool_calls": [{"name": str, "arguments": str}]},
 //       "complete": bool}       the last two only if is_final
-// complete false: the text does not follow the format (a call of an unknown tool, say); message is then the sum of
-// all deltas. arguments is JSON text, cut off where the answer was.
+// The deltas add up to the message. complete false: the text stops early or does not follow the format (a call of an
+// unknown tool, say); message is what could be read, its arguments possibly cut off.
 int32_t pyl_chat_parser_push(
         struct pyl_chat_parser * parser, const char * text, int32_t n_bytes, bool is_final, char ** out);
 

@@ -32,6 +32,7 @@ struct pyl_monitor {
 const char * pyl_build_version(void); // version of the Python package
 const char * pyl_build_commit (void); // pinned upstream commit, 40 hex digits
 const char * pyl_build_series (void); // digest of the patch series
+bool         pyl_knows_architecture(const char * name); // whether the engine has this general.architecture
 const char * pyl_build_backends(void); // names of the compiled-in backends, space-separated; valid until the next call
 
 // --- errors and log ---

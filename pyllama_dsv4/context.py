@@ -1,0 +1,233 @@
+"""One evaluation context: KV cache, position, logits. It evaluates token ids of one sequence and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ._native import check, check_ptr, ffi, lib, run_cancellable
+from .errors import ArgumentError, ClosedError, ContextFullError, InferenceError, MemoryLimitError, StateError
+from .model import Model
+
+__all__ = ["CACHE_TYPES", "Context"]
+
+CACHE_TYPES = {
+    "f32": lib.GGML_TYPE_F32,
+    "f16": lib.GGML_TYPE_F16,
+    "bf16": lib.GGML_TYPE_BF16,
+    "q8_0": lib.GGML_TYPE_Q8_0,
+}
+_SEQ = 0
+
+
+class Context:
+    """Owner of one ``llama_context`` with a single sequence.
+
+    Args:
+        model: Stays referenced as long as the context lives.
+        n_ctx: Tokens that fit into the cache.
+        n_batch: Tokens per call to the engine at most.
+        n_ubatch: Tokens per graph evaluation at most.
+        n_threads: Threads for prefill and decode.
+        cache_type: Key of ``CACHE_TYPES``.
+    """
+
+    def __init__(
+        self, model: Model, *, n_ctx: int, n_batch: int, n_ubatch: int, n_threads: int, cache_type: str
+    ) -> None:
+        if cache_type not in CACHE_TYPES:
+            raise ArgumentError(
+                "creating a context",
+                key="cache_type",
+                found=repr(cache_type),
+                expected=", ".join(CACHE_TYPES),
+            )
+        for name, value in (
+            ("n_ctx", n_ctx),
+            ("n_batch", n_batch),
+            ("n_ubatch", n_ubatch),
+            ("n_threads", n_threads),
+        ):
+            if not 1 <= value < 2**31:
+                raise ArgumentError(
+                    "creating a context", key=name, found=value, expected="a number from 1 to 2^31-1"
+                )
+        self._model = model
+        params = lib.llama_context_default_params()
+        params.n_ctx = n_ctx
+        params.n_batch = min(n_batch, n_ctx)
+        params.n_ubatch = min(n_ubatch, params.n_batch)
+        params.n_seq_max = 1
+        params.n_threads = params.n_threads_batch = n_threads
+        params.type_k = params.type_v = CACHE_TYPES[cache_type]
+        params.no_perf = True
+        self._monitor = ffi.new("struct pyl_monitor *")
+        pointer = lib.pyl_context_init(model.pointer, params, self._monitor)
+        check_ptr(
+            pointer,
+            f"creating a context of {n_ctx} tokens",
+            MemoryLimitError,
+            path=model.path,
+            hint="A smaller n_ctx needs less memory.",
+        )
+        self._pointer = ffi.gc(pointer, lib.llama_free)
+        self.n_vocab = model.n_vocab
+        self.n_batch = int(lib.llama_n_batch(pointer))
+        self.n_ctx = n_ctx
+        self._n_tokens = 0
+        self._logits: npt.NDArray[np.float32] | None = None
+
+    @property
+    def pointer(self) -> Any:
+        if self._pointer is None:
+            raise ClosedError("the context is closed")
+        return self._pointer
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in the cache; also the position of the next one."""
+        return self._n_tokens
+
+    @property
+    def logits(self) -> npt.NDArray[np.float32]:
+        """Logits after the last token: ``(n_vocab,) float32``, read-only.
+
+        The array is the caller's to keep: the next evaluation makes a new one.
+
+        Raises:
+            InferenceError: Nothing has been evaluated since the last reset.
+        """
+        if self._logits is None:
+            raise InferenceError("no logits yet", hint="Evaluate at least one token first.")
+        return self._logits
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether ``logits`` can be read."""
+        return self._logits is not None
+
+    def clear(self) -> None:
+        """Forget all tokens."""
+        lib.llama_memory_clear(lib.llama_get_memory(self.pointer), True)
+        self._n_tokens = 0
+        self._logits = None
+
+    def decode(self, ids: Sequence[int], *, all_logits: bool = False) -> npt.NDArray[np.float32] | None:
+        """Evaluate token ids at the end of the sequence.
+
+        Args:
+            ids: Token ids in ``range(n_vocab)``.
+            all_logits: Return the logits of every position.
+
+        Returns:
+            ``(len(ids), n_vocab) float32`` with `all_logits`, else None; ``logits`` has the last row.
+
+        Raises:
+            ArgumentError: An id is out of range; nothing was changed.
+            ContextFullError: No room; nothing was changed.
+            CancelledError, InferenceError, MemoryLimitError: the sequence was cleared.
+        """
+        array = self._check_ids(ids)
+        if array.size == 0:
+            return np.empty((0, self.n_vocab), np.float32) if all_logits else None
+        if self._n_tokens + array.size > self.n_ctx:
+            raise ContextFullError(
+                f"evaluating {array.size} tokens after {self._n_tokens}",
+                found=f"{self._n_tokens + array.size} tokens",
+                expected=f"at most n_ctx = {self.n_ctx}",
+                hint="Open the model with a larger n_ctx, shorten the text, or reset().",
+            )
+        rows = np.empty((array.size, self.n_vocab), np.float32) if all_logits else None
+        try:
+            for start in range(0, array.size, self.n_batch):
+                chunk = array[start : start + self.n_batch]
+                is_last = start + chunk.size == array.size
+                outputs = lib.PYL_OUTPUTS_ALL if all_logits else int(is_last)  # PYL_OUTPUTS_LAST is 1
+                self._decode_chunk(chunk, outputs)
+                if rows is not None:
+                    for i in range(chunk.size):
+                        self._copy_logits(i, rows[start + i])
+            if rows is None:
+                last = np.empty(self.n_vocab, np.float32)
+                self._copy_logits(-1, last)
+            else:
+                last = rows[-1].copy()
+        except BaseException:
+            # after a cancelled or failed batch the engine's memory is undefined
+            if self._pointer is not None:
+                self.clear()
+            raise
+        last.flags.writeable = False
+        self._logits = last
+        return rows
+
+    def _check_ids(self, ids: Sequence[int]) -> npt.NDArray[np.int32]:
+        try:
+            wide = np.asarray(ids, dtype=np.int64)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ArgumentError(
+                "evaluating tokens", found=type(ids).__name__, expected="token ids (int)"
+            ) from error
+        if wide.ndim != 1:
+            raise ArgumentError(
+                "evaluating tokens", found=f"{wide.ndim} dimensions", expected="a flat list of ids"
+            )
+        bad = np.flatnonzero((wide < 0) | (wide >= self.n_vocab))
+        if bad.size:
+            raise ArgumentError(
+                f"evaluating tokens: id {wide[bad[0]]} at index {bad[0]} is out of range",
+                expected=f"0 to {self.n_vocab - 1}",
+            )
+        return np.ascontiguousarray(wide, dtype=np.int32)
+
+    def _decode_chunk(self, chunk: npt.NDArray[np.int32], outputs: int) -> None:
+        op = f"evaluating {chunk.size} tokens"
+
+        def work() -> int:
+            status = lib.pyl_decode(
+                self.pointer, ffi.from_buffer("int32_t[]", chunk), chunk.size, self._n_tokens, _SEQ, outputs
+            )
+            return check(status, op)
+
+        if chunk.size == 1:
+            work()  # one token is short: a thread switch would cost more than it saves
+        else:
+            run_cancellable(work, self._monitor)
+        self._n_tokens += chunk.size
+
+    def _copy_logits(self, index: int, out: npt.NDArray[np.float32]) -> None:
+        status = lib.pyl_logits_copy(self.pointer, index, ffi.from_buffer("float[]", out), self.n_vocab)
+        check(status, "reading logits")
+
+    # --- state ---
+
+    def save_state(self) -> bytes:
+        """Return the sequence's cache as bytes, for ``restore_state`` on this same context."""
+        n = int(lib.llama_state_seq_get_size(self.pointer, _SEQ))
+        buffer = bytearray(n)
+        written = lib.llama_state_seq_get_data(self.pointer, ffi.from_buffer("uint8_t[]", buffer), n, _SEQ)
+        if n == 0 or written != n:
+            raise StateError("saving the state failed", found=f"{written} bytes", expected=f"{n} bytes")
+        return bytes(buffer)
+
+    def restore_state(self, state: bytes, n_tokens: int) -> None:
+        """Put back what ``save_state`` returned when the sequence had `n_tokens` tokens. Logits are not part of it."""
+        self.clear()
+        read = lib.llama_state_seq_set_data(
+            self.pointer, ffi.from_buffer("uint8_t[]", state), len(state), _SEQ
+        )
+        if read != len(state):
+            self.clear()
+            raise StateError(
+                "restoring the state failed", found=f"{read} bytes", expected=f"{len(state)} bytes"
+            )
+        self._n_tokens = n_tokens
+
+    def close(self) -> None:
+        """Free the cache and the compute buffers. Idempotent."""
+        pointer, self._pointer = self._pointer, None
+        if pointer is not None:
+            ffi.release(pointer)

@@ -1,0 +1,124 @@
+"""What is in the KV cache, and how a new prompt reuses it.
+
+Owns the token ids that a context holds and the checkpoints taken of it. The V4 cache cannot drop a tail of its
+tokens (its compressor states are running sums), so going back means restoring a checkpoint. One is taken before
+the last token of every prompt: the next prompt of a chat may replace exactly that token (``<think>`` by
+``</think>``) and what was generated after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .context import Context
+
+__all__ = ["Session"]
+
+N_CHECKPOINTS_MAX = 8
+CHECKPOINT_BYTES_MAX = 1 << 30  # all checkpoints together
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    ids: list[int]
+    state: bytes
+
+
+def _n_common(a: Sequence[int], b: Sequence[int]) -> int:
+    n = min(len(a), len(b))
+    for i in range(n):
+        if a[i] != b[i]:
+            return i
+    return n
+
+
+class Session:
+    """The one sequence of a context, by its token ids.
+
+    Args:
+        context: Nothing else may evaluate on it.
+
+    Attributes:
+        version: Changes with every change of the sequence; lets a running generation notice another one.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._ids: list[int] = []
+        self._checkpoints: list[_Checkpoint] = []
+        self.version = 0
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Token ids in the cache, oldest first."""
+        return tuple(self._ids)
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self._ids)
+
+    def reset(self) -> None:
+        """Forget all tokens and checkpoints."""
+        self.version += 1
+        self._ids = []
+        self._checkpoints = []
+        self._context.clear()
+
+    def eval(self, ids: Sequence[int], *, all_logits: bool = False) -> npt.NDArray[np.float32] | None:
+        """Append token ids; arguments, result and errors as ``Context.decode``."""
+        self.version += 1
+        try:
+            rows = self._context.decode(ids, all_logits=all_logits)
+        except BaseException:
+            if self._context.n_tokens != len(self._ids):  # cleared by a failed or cancelled batch
+                self._ids = []
+            raise
+        self._ids.extend(int(i) for i in ids)
+        return rows
+
+    def prefill(self, ids: Sequence[int]) -> int:
+        """Make the cache hold exactly `ids`, evaluating as little as possible.
+
+        Args:
+            ids: The whole prompt, at least one id.
+
+        Returns:
+            How many of its tokens were in the cache already.
+        """
+        n_cached = self._reuse(ids)
+        if len(ids) - n_cached > 1:
+            self.eval(ids[n_cached:-1])
+            self._save_checkpoint()
+        if self.n_tokens < len(ids):
+            self.eval(ids[self.n_tokens :])
+        return n_cached
+
+    def _reuse(self, ids: Sequence[int]) -> int:
+        """Make the cache hold a prefix of `ids`, as long as can be had without evaluating; return its length."""
+        n_common = _n_common(self._ids, ids)
+        if n_common == self.n_tokens and (n_common < len(ids) or self._context.has_logits):
+            return n_common
+        n_max = len(ids) - 1  # the logits of the last prompt token are needed
+        fitting = [c for c in self._checkpoints if len(c.ids) <= n_max and c.ids == list(ids[: len(c.ids)])]
+        self.version += 1
+        self._ids = []
+        if not fitting:
+            self._context.clear()
+            return 0
+        best = max(fitting, key=lambda c: len(c.ids))
+        self._context.restore_state(best.state, len(best.ids))
+        self._ids = list(best.ids)
+        return len(best.ids)
+
+    def _save_checkpoint(self) -> None:
+        self._checkpoints = [c for c in self._checkpoints if c.ids != self._ids]
+        self._checkpoints.append(_Checkpoint(list(self._ids), self._context.save_state()))
+        while len(self._checkpoints) > 1 and (
+            len(self._checkpoints) > N_CHECKPOINTS_MAX
+            or sum(len(c.state) for c in self._checkpoints) > CHECKPOINT_BYTES_MAX
+        ):
+            self._checkpoints.pop(0)
