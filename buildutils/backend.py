@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import vendor
 from scikit_build_core import build as _core
 from scikit_build_core.build import (
     get_requires_for_build_editable,
@@ -16,6 +15,8 @@ from scikit_build_core.build import (
     prepare_metadata_for_build_editable,
     prepare_metadata_for_build_wheel,
 )
+
+import vendor
 
 __all__ = [
     "build_editable",
@@ -29,12 +30,16 @@ __all__ = [
 ]
 
 
-def build_wheel(wheel_directory: str, config_settings: Any = None, metadata_directory: str | None = None) -> str:
+def build_wheel(
+    wheel_directory: str, config_settings: Any = None, metadata_directory: str | None = None
+) -> str:
     vendor.ensure()
     return str(_core.build_wheel(wheel_directory, config_settings, metadata_directory))
 
 
-def build_editable(wheel_directory: str, config_settings: Any = None, metadata_directory: str | None = None) -> str:
+def build_editable(
+    wheel_directory: str, config_settings: Any = None, metadata_directory: str | None = None
+) -> str:
     vendor.ensure()
     return str(_core.build_editable(wheel_directory, config_settings, metadata_directory))
 

@@ -195,7 +195,9 @@ def _copy_checkout(checkout: Path, target: Path, keep: dict[str, list[str]], com
         ["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     )
     if run.returncode == 0 and run.stdout.strip() != commit:
-        raise VendorError(f"{checkout} is at commit {run.stdout.strip()}, the pin is {commit}; check out the pin")
+        raise VendorError(
+            f"{checkout} is at commit {run.stdout.strip()}, the pin is {commit}; check out the pin"
+        )
     for path in sorted(checkout.rglob("*")):
         inner = path.relative_to(checkout).as_posix()
         if path.is_file() and not inner.startswith(".git/") and _kept(inner, keep):
@@ -210,7 +212,9 @@ def pristine() -> Path:
     config = pin()
     keep = config["keep"]
     chosen = os.environ.get(ENV_SOURCE)
-    key = hashlib.sha256(json.dumps([config["package"]["sha256"], keep, chosen or ""]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([config["package"]["sha256"], keep, chosen or ""]).encode()).hexdigest()[
+        :16
+    ]
     target = cache_dir() / f"pristine-{key}"
     if target.exists():
         return target

@@ -771,7 +771,8 @@ _SAMPLING_NAMES = tuple(SamplingOptions.__annotations__)
 def _warm_ranges(report: HeaderReport) -> list[tuple[Path, int, int]]:
     """Return the file ranges of all tensors, those that every token needs before the routed experts."""
     header = report.header
-    dense, experts = [], []
+    dense: list[tuple[Path, int, int]] = []
+    experts: list[tuple[Path, int, int]] = []
     for tensor in header.tensors:
         part = (Path(header.shards[tensor.shard].path), tensor.start, tensor.n_bytes)
         (experts if "_exps" in tensor.name else dense).append(part)

@@ -210,14 +210,22 @@ def stub(decls: Declarations, names: set[str]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="compare with the committed files, write nothing")
+    parser.add_argument(
+        "--check", action="store_true", help="compare with the committed files, write nothing"
+    )
     args = parser.parse_args()
 
     decls = Declarations(preprocess())
     symbols = (PACKAGE / "symbols.txt").read_text(encoding="utf-8").splitlines()
-    names = decls.closure([line.split("#", 1)[0].strip() for line in symbols if line.split("#", 1)[0].strip()])
+    names = decls.closure(
+        [line.split("#", 1)[0].strip() for line in symbols if line.split("#", 1)[0].strip()]
+    )
     outputs = {PACKAGE / "cdef.h": emit(decls, names), PACKAGE / "_llama.pyi": stub(decls, names)}
-    stale = [path for path, text in outputs.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    stale = [
+        path
+        for path, text in outputs.items()
+        if not path.exists() or path.read_text(encoding="utf-8") != text
+    ]
     if args.check:
         for path in stale:
             print(f"{path.relative_to(ROOT)} is stale; run tools/gen_cdef.py", file=sys.stderr)
