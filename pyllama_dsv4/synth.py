@@ -346,7 +346,7 @@ def _number_table(mean: float, std: float, dtype: str) -> Array:
 def _code_tables(std: float, is_f8: bool) -> tuple[Array, Array]:
     """(65536,) codes and (65536,) scale bytes by random index, which together have a standard deviation."""
     # E4M3: codes up to 4.2 times 96 stay below 448. E2M1: the tail saturates at 6, as in real weights.
-    code_std, scale_byte = _split_std(std, 48.0 if is_f8 else 1.0)
+    code_std, scale_byte = _split_std(std, 48.0 if is_f8 else 1.5)
     values = _e4m3_values() if is_f8 else E2M1_VALUES
     codes = _nearest_codes(_normal_quantiles() * code_std, values, 0x80 if is_f8 else 8)
     return codes, (scale_byte + SCALE_STEPS[np.arange(65536) % 3]).astype(np.uint8)

@@ -110,6 +110,7 @@ def make_plan(checkpoint: Checkpoint, *, name: str | None = None, template: str 
     specs = tensor_table(hp)
     for spec in specs:
         _check_dims(spec, str(config_path))
+    for spec in specs:
         for weight, scale in sources(spec):
             _check_source(checkpoint, spec, weight, scale)
     skipped = _check_rest(checkpoint, specs)

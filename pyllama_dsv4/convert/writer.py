@@ -180,6 +180,7 @@ class OutputFile:
         self.partial = self.path.with_name(self.path.name + PARTIAL_SUFFIX)
         self._header = header
         self._position = len(header)
+        self._is_committed = False
         try:
             self._fd = os.open(self.partial, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
         except OSError as e:
@@ -201,8 +202,10 @@ class OutputFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._fd >= 0:
-            self._discard()
+        if not self._is_committed:
+            self._close()
+            with suppress(OSError):
+                os.unlink(self.partial)
 
     def write(self, data: memoryview | bytes) -> None:
         """Append bytes.
@@ -245,11 +248,13 @@ class OutputFile:
             self.write(self._header)
             os.ftruncate(self._fd, end)  # covers a hole at the end
             os.fsync(self._fd)
-            os.close(self._fd)
-            self._fd = -1
+            if fcntl is None:
+                self._close()  # Windows renames closed files only; elsewhere the lock holds until the end
             os.replace(self.partial, self.path)
         except OSError as e:
             self._fail(e)
+        self._is_committed = True
+        self._close()
 
     def _lock(self) -> None:
         if fcntl is None:
@@ -267,12 +272,11 @@ class OutputFile:
                 hint="Wait until it has finished, or choose another output file",
             )
 
-    def _discard(self) -> None:
-        with suppress(OSError):
-            os.close(self._fd)
-        self._fd = -1
-        with suppress(OSError):
-            os.unlink(self.partial)
+    def _close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            with suppress(OSError):  # everything was flushed before
+                os.close(fd)
 
     def _fail(self, e: OSError) -> NoReturn:
         where = f"{self.path.name} was not written and nothing of it is left"
