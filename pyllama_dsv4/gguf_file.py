@@ -30,7 +30,6 @@ from .gguf_types import (
     FILE_TYPES,
     PRISM_Q2_0,
     TYPE_42,
-    Basis,
     FileType,
     TensorInfo,
     Type42,
@@ -365,7 +364,10 @@ class _Parser:
         types = tuple(
             type42[i].type if i in type42 else FILE_TYPES[tensor.type_id] for i, tensor in enumerate(tensors)
         )
-        self._check_offsets(tensors, types, type42, alignment)
+        for verdict in type42.values():
+            if verdict.breaks_offsets:
+                raise unreadable_type42(verdict, path=self._path)
+        self._check_offsets(tensors, types, alignment)
         return GGUFFile(
             path=self._path,
             size=self._size,
@@ -569,19 +571,12 @@ class _Parser:
         return type_id
 
     def _check_offsets(
-        self,
-        tensors: Sequence[TensorInfo],
-        types: Sequence[FileType],
-        type42: dict[int, Type42],
-        alignment: int,
+        self, tensors: Sequence[TensorInfo], types: Sequence[FileType], alignment: int
     ) -> None:
         """Require every tensor to start where the padded sizes of those before it end."""
         expected = 0
-        for i, (tensor, type_) in enumerate(zip(tensors, types, strict=True)):
+        for tensor, type_ in zip(tensors, types, strict=True):
             if tensor.offset != expected:
-                before = type42.get(i - 1)
-                if before is not None and (before.basis is Basis.UNKNOWN or before.type == PRISM_Q2_0):
-                    raise unreadable_type42(before, path=self._path)
                 raise self._error(
                     "a tensor does not start where the one before it ends",
                     tensor=tensor.name,

@@ -114,6 +114,8 @@ PRISM_Q2_0: Final = FileType(TYPE_42, "PRISM_Q2_0", 128, 34)
 
 CLAIMANTS: Final = (F8_E4M3_B128, Q2_0, PRISM_Q2_0)
 
+_INT64_MAX: Final = 2**63 - 1
+
 
 class TensorInfo(NamedTuple):
     """What a GGUF header says about one tensor.
@@ -173,8 +175,14 @@ class Type42:
     @property
     def sizes(self) -> dict[str, int | None]:
         """Bytes the tensor would have for each claimant; None where ne0 is not a multiple of the block."""
-        ne0, n = self.tensor.dims[0], self.tensor.n_elements
-        return {c.name: c.n_bytes(n) if ne0 % c.block == 0 else None for c in CLAIMANTS}
+        n = self.tensor.n_elements
+        return {c.name: c.n_bytes(n) if _divides(c, self.tensor) else None for c in CLAIMANTS}
+
+    @property
+    def breaks_offsets(self) -> bool:
+        """Whether no type the engine has explains where the next tensor starts; a parser refuses that."""
+        is_prism = self.type == PRISM_Q2_0 and self.basis is Basis.FITS
+        return not self.is_last and (is_prism or self.basis is Basis.UNKNOWN)
 
     def evidence(self) -> str:
         """Say in one line what the verdict rests on: n, avail and the three expected sizes."""
@@ -198,7 +206,7 @@ def resolve_type42(tensors: Sequence[TensorInfo], data_size: int | None, alignme
     3. More fits than that, or the last tensor without a fit: the verdict that all tensors decided by 1 and 2
        share, provided it is among the fits if there are any; failing that Q2_0, marked ``TOO_SMALL`` or
        ``UNKNOWN``.
-    4. Any other tensor without a fit: Q2_0, marked ``UNKNOWN``. Its successor's offset cannot be right then.
+    4. Any other tensor without a fit: Q2_0, marked ``UNKNOWN``. Its successor's offset cannot be right.
 
     The architecture and ``general.file_type`` are no evidence. Nothing is refused here: a parser accepts what
     a stock one accepts, and ``header.check_header`` refuses models whose verdicts are doubtful.
@@ -231,7 +239,9 @@ def resolve_type42(tensors: Sequence[TensorInfo], data_size: int | None, alignme
     for i, found in fits.items():
         if i in decided:
             type_, basis = decided[i]
-        elif common is not None and (common in found if found else i == last):
+        elif common is not None and (
+            common in found if found else i == last and _divides(common, tensors[i])
+        ):
             type_, basis = common, Basis.BORROWED
         else:
             type_, basis = Q2_0, Basis.TOO_SMALL if found else Basis.UNKNOWN
@@ -248,12 +258,17 @@ def _strides(tensors: Sequence[TensorInfo], data_size: int | None) -> tuple[dict
         i: tensors[successor].offset - tensors[i].offset for i, successor in pairwise(order)
     }
     last = order[-1]
-    avail[last] = None if data_size is None else data_size - tensors[last].offset
+    avail[last] = None if data_size is None else max(0, data_size - tensors[last].offset)
     return avail, last
 
 
+def _divides(claimant: FileType, tensor: TensorInfo) -> bool:
+    """Tell whether the rows are whole blocks; the bound keeps the engine's size arithmetic from overflowing."""
+    return tensor.dims[0] % claimant.block == 0 and tensor.n_elements <= _INT64_MAX // claimant.block_bytes
+
+
 def _fits(claimant: FileType, tensor: TensorInfo, avail: int | None, alignment: int) -> bool:
-    if avail is None or tensor.dims[0] % claimant.block != 0:
+    if avail is None or not _divides(claimant, tensor):
         return False
     size = claimant.n_bytes(tensor.n_elements)
     return size <= avail < size + alignment
@@ -356,7 +371,7 @@ def _register_reader(reader: Any, members: dict[FileType, Any]) -> None:
         verdicts = resolve_type42(infos, self.data.nbytes - data_start, int(self.alignment))
         resolved = list(fields)
         for i, verdict in verdicts.items():
-            if verdict.type not in members or verdict.basis is Basis.UNKNOWN:
+            if verdict.type not in members or verdict.breaks_offsets:
                 raise unreadable_type42(verdict, path=getattr(self.data, "filename", None))
             parts = list(fields[i].parts)
             parts[4] = [members[verdict.type]]

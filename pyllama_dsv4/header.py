@@ -8,9 +8,9 @@ The verdict is the first refusal in this order. The engine's own check, ``native
 follows the same order, and a test compares class, tensor and key of both over thousands of damaged
 headers.
 
-1. Per shard, ``gguf.cpp``'s checks in its order (``gguf_file``). Where a tensor does not start at the
-   running padded sum and the tensor before it is of type 42 with a stride that fits no supported format, the
-   latter is named.
+1. Per shard, ``gguf.cpp``'s checks in its order (``gguf_file``). After the padding before the data section
+   come tensors of type 42, in file order, that have a successor and whose stride fits no supported format;
+   then tensors that do not start at the running padded sum.
 2. Per shard, in file order: names that are equal as C strings, and tensors that end beyond the file. Then,
    for the first shard, ``split.count``, ``split.no`` and its file name; for each further shard steps 1 and 2,
    ``split.no``, and names that an earlier shard has; after the last, ``split.tensors.count``.

@@ -101,11 +101,14 @@ class Gguf:
     def tensor(self, name: str) -> Tensor:
         return next(tensor for tensor in self.tensors if tensor.name == name)
 
-    def change(self, name: str, **fields: Any) -> Gguf:
+    def change(self, tensor_name: str, /, **fields: Any) -> Gguf:
         """Replace fields of one tensor."""
-        i = self.tensors.index(self.tensor(name))
+        i = self.tensors.index(self.tensor(tensor_name))
         self.tensors[i] = replace(self.tensors[i], **fields)
         return self
+
+    def rename(self, old: str, new: str) -> Gguf:
+        return self.change(old, name=new)
 
     def remove(self, name: str) -> Gguf:
         self.tensors.remove(self.tensor(name))
