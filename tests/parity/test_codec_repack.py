@@ -200,7 +200,8 @@ def test_f8_check(n_threads: int) -> None:
     codes[17, 0, 0] = codes[17, 1, 0] = codes[6_000, 1, 0] = 0
     codes[8_000, 1, 128] = codes[8_500, 0, 1] = 0x7F
     codes[8_500, 0, 2] = 0xFF
-    codes[20, 0, 5] = 0x7E  # 448 and the byte 255 in place of a code are not the same thing
+    codes[20, 0, 5] = 0x7E  # the neighbours of what is counted: 448, and the extreme valid scales
+    codes[3, 0, 0], codes[4, 0, 0] = 254, 1
     got = _codec.f8_e4m3_b128_check(codes.reshape(9_000, 258), n_threads=n_threads)
     assert got == _codec.BlockStats(
         n_blocks=18_000,
@@ -234,6 +235,7 @@ def test_mxfp4_check(n_threads: int) -> None:
     blocks[:, :, 0] = 120
     blocks[1, 7, 0] = blocks[2, 1, 0] = 255
     blocks[2, 49_999, 0] = 0
+    blocks[0, :2, 0] = 254, 1
     got = _codec.mxfp4_check(blocks.reshape(3, 50_000 * 17), n_threads=n_threads)
     assert got == (150_000, 2, 50_007, 1, 149_999, 0, -1)
 
