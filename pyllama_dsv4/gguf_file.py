@@ -280,15 +280,13 @@ class _Parser:
     # bytes
 
     def _take(self, n: int, what: str) -> bytes:
-        if n > self._size - self._pos:
-            raise self._truncated(what, n)
         begin = self._pos - self._chunk_start
         if begin + n > len(self._chunk):
             self._file.seek(self._pos)
             self._chunk = self._read_fully(max(n, _CHUNK))
             self._chunk_start = self._pos
             begin = 0
-            if len(self._chunk) < n:  # the file became shorter
+            if len(self._chunk) < n:
                 raise self._truncated(what, n)
         self._pos += n
         return self._chunk[begin : begin + n]

@@ -333,7 +333,10 @@ def upstream_v4(hp: HParams = TINY, *, n_tokens: int | None = 0) -> Gguf:
     kinds = TYPE_IDS | {"f8": 8}
     tensors = [Tensor(spec.upstream, spec.dims, kinds[spec.kind]) for spec in tensor_table(hp)]
     n_vocab = hp.n_vocab if n_tokens == 0 else n_tokens
-    keys = [key for key in native_keys(hp) if not key[0].endswith((".rope.freq_base_swa", ".vocab_size"))]
+    unwritten = {"deepseek4.rope.freq_base_swa"} | (
+        {"deepseek4.vocab_size"} if n_vocab is not None else set()
+    )
+    keys = [key for key in native_keys(hp) if key[0] not in unwritten]
     return Gguf(keys + keys_native_lacks(hp) + vocabulary_keys(n_vocab), tensors)
 
 
