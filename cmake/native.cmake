@@ -10,6 +10,11 @@ if (_ggml_sources)
 endif()
 target_include_directories(ggml-base PUBLIC ${PYLLAMA_DSV4_NATIVE}/ggml)
 
+# kernels, compiled with the instruction set of the CPU backend
+file(GLOB _ggml_cpu_sources CONFIGURE_DEPENDS ${PYLLAMA_DSV4_NATIVE}/ggml/cpu/*.c)
+target_sources(ggml-cpu PRIVATE ${_ggml_cpu_sources})
+target_include_directories(ggml-cpu PUBLIC ${PYLLAMA_DSV4_NATIVE}/ggml/cpu)
+
 if (_llama_sources)
     target_sources(llama PRIVATE ${_llama_sources})
     # upstream builds its models as one unit; ours keep their own file scope
