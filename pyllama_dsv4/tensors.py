@@ -157,6 +157,13 @@ _HF_FLOATS: Final = (
 )
 
 
+_INT32_MAX: Final = 2**31 - 1
+_FLOAT32_MAX: Final = 3.4e38
+# limits of the engine's fixed arrays
+_MAX_LAYERS: Final = 512
+_MAX_EXPERTS: Final = 1024
+
+
 class _HfConfig:
     """Typed access to ``config.json`` with named errors."""
 
@@ -183,16 +190,17 @@ class _HfConfig:
         return self.config[key]
 
     def integer(self, key: str, minimum: int = 1) -> int:
-        expected = f"an integer of at least {minimum}"
+        # the engine keeps most of these in 32 bits, and a file has no room for more
+        expected = f"an integer from {minimum} to {_INT32_MAX}"
         value = self.value(key, expected)
-        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= _INT32_MAX:
             raise self.error(key, repr(value), expected)
         return value
 
     def number(self, key: str) -> float:
-        expected = "a positive finite number"
+        expected = "a positive number in the range of float32"
         value = self.value(key, expected)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < _FLOAT32_MAX:
             raise self.error(key, repr(value), expected)
         return float(value)
 
@@ -234,6 +242,8 @@ def _hparams_from_hf_config(c: _HfConfig) -> HParams:
             hp.n_hash_layer <= hp.n_layer,
             f"at most {hp.n_layer}, the layers",
         ),
+        ("num_hidden_layers", hp.n_layer, hp.n_layer <= _MAX_LAYERS, f"at most {_MAX_LAYERS}"),
+        ("n_routed_experts", hp.n_expert, hp.n_expert <= _MAX_EXPERTS, f"at most {_MAX_EXPERTS}"),
         ("num_experts_per_tok", hp.n_expert_used, hp.n_expert_used <= hp.n_expert, f"at most {hp.n_expert}"),
         ("qk_rope_head_dim", hp.n_rot, hp.n_rot < hp.head_dim, f"less than head_dim, {hp.head_dim}"),
         ("o_groups", hp.o_groups, hp.n_head % hp.o_groups == 0, f"a divisor of the {hp.n_head} heads"),

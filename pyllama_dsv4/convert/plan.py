@@ -6,7 +6,7 @@ the checkpoint against the one table of tensors. The data is made in ``repack``,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -147,12 +147,14 @@ def make_plan(checkpoint: Checkpoint, *, name: str | None = None, template: str 
     return Plan(hp, generation, metadata, specs, infos, header_bytes(metadata, infos), skipped, notes)
 
 
-def sources(spec: TensorSpec) -> list[tuple[str, str | None]]:
-    """Return the checkpoint's weight and scale names of a tensor: one pair, or one per expert of a stack."""
+def sources(spec: TensorSpec) -> Iterator[tuple[str, str | None]]:
+    """Yield the checkpoint's weight and scale names of a tensor: one pair, or one per expert of a stack."""
     weight, scale = spec.hf if len(spec.hf) == 2 else (spec.hf[0], None)
     if not spec.is_expert_stack:
-        return [(weight, scale)]
-    return [(weight.format(e=e), None if scale is None else scale.format(e=e)) for e in range(spec.dims[2])]
+        yield weight, scale
+        return
+    for e in range(spec.dims[2]):
+        yield weight.format(e=e), None if scale is None else scale.format(e=e)
 
 
 def _check_dims(spec: TensorSpec, config_path: str) -> None:

@@ -39,6 +39,7 @@ from pyllama_dsv4.errors import (
     TileShapeError,
     UnsupportedModelError,
 )
+from pyllama_dsv4.header import check_header
 
 pytest.importorskip("pyllama_dsv4._codec", reason="the codecs are not built")
 
@@ -651,6 +652,10 @@ def test_expert_id_out_of_range(changed: Any, tmp_path: Path, bad: int) -> None:
         ({"model_type": "deepseek_v3"}, UnsupportedModelError, "model_type"),
         ({"hidden_size": ...}, CheckpointError, "hidden_size"),
         ({"hidden_size": "256"}, CheckpointError, "hidden_size"),
+        ({"vocab_size": 2**32}, CheckpointError, "vocab_size"),
+        ({"rope_theta": 1e300}, CheckpointError, "rope_theta"),
+        ({"n_routed_experts": 2**31 - 1}, CheckpointError, "n_routed_experts"),
+        ({"num_hidden_layers": 600, "compress_ratios": [0] * 600}, CheckpointError, "num_hidden_layers"),
         ({"compress_ratios": [0, 0, 4]}, CheckpointError, "compress_ratios"),
         ({"scoring_func": "sigmoid"}, CheckpointError, "scoring_func"),
     ],
@@ -703,6 +708,8 @@ def test_same_bytes_with_any_number_of_threads_and_shards(tiny: Path, tmp_path: 
             == f.n_bytes
             == f.n_bytes_header + sum(writer.padded(i.n_bytes) for i in f.plan.infos)
         )
+        report = check_header(f.path)
+        assert (report.dialect, report.derived_keys) == ("native", {})
     assert sorted(os.listdir(tmp_path)) == ["1.gguf", "4.gguf", "7.gguf", "Tiny-V4"]
 
 

@@ -1,0 +1,187 @@
+"""The installed command ``pyllama-dsv4 convert``: output streams, exit codes, progress, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyllama_dsv4 import synth
+from pyllama_dsv4.gguf_file import parse_gguf
+
+pytest.importorskip("pyllama_dsv4._codec", reason="the codecs are not built")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return synth.write_checkpoint(tmp_path_factory.mktemp("tiny") / "Tiny-V4", seed=3)
+
+
+def command(*args: object) -> list[str]:
+    return [sys.executable, "-m", "pyllama_dsv4", "convert", *map(str, args)]
+
+
+def run(*args: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*args), capture_output=True, text=True, timeout=120, **options)
+
+
+def test_converts(tiny: Path, tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    done = run(tiny, "--outfile", path)
+    assert done.returncode == 0, done.stderr
+    assert f"wrote {path}" in done.stdout
+    assert f"{path.stat().st_size:,} bytes" in done.stdout
+    assert "F8_E4M3_B128" in done.stdout
+    # progress and notes stay out of the report
+    assert "note: the checkpoint has no tokenizer.json" in done.stderr
+    assert re.search(r"100\.0 %  0\.01 of 0\.01 GB  .* GB/s  0:00 left  output_norm\.weight", done.stderr)
+    assert "\x1b" not in done.stdout + done.stderr
+    assert parse_gguf(path).kv["general.name"].value == "Tiny V4"
+
+
+def test_the_model_cards_command_line(tiny: Path, tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    options = ("--outtype", "moe-f8-e4m3-mxfp4", "--torch-threads", 2)
+    assert run(tiny, "--outfile", path, *options).returncode == 0
+    assert path.exists()
+
+
+def test_name_and_template(tiny: Path, tmp_path: Path) -> None:
+    folder = synth.write_checkpoint(tmp_path / "spoken", seed=1, tokenizer="bytes", is_sparse=True)
+    template = tmp_path / "t.jinja"
+    template.write_text("{{ bos_token }}\uff5c", encoding="utf-8")
+    path = tmp_path / "x.gguf"
+    done = run(folder, "--outfile", path, "--model-name", "Mine", "--chat-template-file", template)
+    assert done.returncode == 0, done.stderr
+    keys = parse_gguf(path).kv
+    assert keys["general.name"].value == "Mine"
+    assert keys["tokenizer.chat_template"].value == "{{ bos_token }}\uff5c"
+
+
+def test_dry_run(tiny: Path, tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    done = run(tiny, "--outfile", path, "--dry-run", "-v")
+    assert done.returncode == 0, done.stderr
+    assert not os.listdir(tmp_path)
+    assert f"would write {path}" in done.stdout
+    assert "free space" in done.stdout
+    rows = re.findall(r"^ *([\d,]+) +([\d,]+)  (\w+) +([\dx ]+?) +(\S+)$", done.stdout, re.MULTILINE)
+    assert run(tiny, "--outfile", path, "-q").returncode == 0
+    file = parse_gguf(path)
+    assert [row[4] for row in rows] == [t.name for t in file.tensors]
+    assert [int(row[0].replace(",", "")) for row in rows] == [t.offset for t in file.tensors]
+    size = re.search(r"size +([\d,]+) bytes", done.stdout)
+    assert size is not None
+    assert int(size[1].replace(",", "")) == path.stat().st_size
+
+
+def test_dry_run_says_that_the_disk_is_too_small(tmp_path: Path) -> None:
+    folder = synth.write_checkpoint(tmp_path / "x", synth.tiny_config(), seed=0, is_sparse=True)
+    config = json.loads((folder / "config.json").read_text())
+    # a terabyte of embedding and one of head
+    config |= {"vocab_size": 2**31 - 1, "num_hash_layers": 0, "num_hidden_layers": 1, "compress_ratios": [0]}
+    synth.write_checkpoint(folder, config, seed=0, is_sparse=True)
+    done = run(folder, "--outfile", tmp_path / "x.gguf", "--dry-run")
+    assert done.returncode == 1
+    assert "would write" in done.stdout
+    assert "there is not enough space" in done.stderr
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_quiet(tiny: Path, tmp_path: Path) -> None:
+    done = run(tiny, "--outfile", tmp_path / "x.gguf", "-q")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "%" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        ((), 2, "--outfile"),
+        (("--outfile", "x.gguf", "--outtype", "q8_0"), 2, "moe-f8-e4m3-mxfp4"),
+        (("--outfile", "x.gguf", "--threads", "0"), 2, "threads"),
+        (("--outfile", "."), 2, "a folder"),
+        (("--outfile", "no/x.gguf"), 3, "folder of the output file"),
+    ],
+)
+def test_usage_errors(tiny: Path, tmp_path: Path, args: tuple[str, ...], code: int, message: str) -> None:
+    done = run(tiny, *args, cwd=tmp_path)
+    assert done.returncode == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_missing_shard(tmp_path: Path) -> None:
+    folder = synth.write_checkpoint(tmp_path / "x", seed=0, n_shards=3)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    done = run(folder, "--outfile", tmp_path / "x.gguf")
+    assert done.returncode == 3
+    assert "model-00002-of-00003.safetensors" in done.stderr
+    assert "1 of 3 shards missing" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_no_such_checkpoint(tmp_path: Path) -> None:
+    done = run(tmp_path / "nowhere", "--outfile", tmp_path / "x.gguf")
+    assert done.returncode == 3
+    assert str(tmp_path / "nowhere") in done.stderr
+
+
+def test_ctrl_c_removes_the_partial_file(tmp_path: Path) -> None:
+    folder = synth.write_checkpoint(
+        tmp_path / "x", synth.flash_config(num_hidden_layers=2, num_hash_layers=2), seed=0, is_sparse=True
+    )
+    out = tmp_path / "out"
+    out.mkdir()
+    process = subprocess.Popen(
+        command(folder, "--outfile", out / "x.gguf"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until(lambda: (out / "x.gguf.partial").exists() or process.poll() is not None)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert os.listdir(out) == []
+    assert "Traceback" not in stderr
+
+
+def wait_until(condition: Any) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_progress_bar_on_a_terminal(tiny: Path, tmp_path: Path) -> None:
+    main_fd, terminal = pty.openpty()
+    env = os.environ | {"TERM": "xterm-256color", "COLUMNS": "120"}
+    env.pop("NO_COLOR", None)
+    process = subprocess.Popen(
+        command(tiny, "--outfile", tmp_path / "x.gguf"), stdout=subprocess.PIPE, stderr=terminal, env=env
+    )
+    os.close(terminal)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(main_fd, 65536)
+        except OSError:  # the other side was closed
+            break
+        if not piece:
+            break
+        shown += piece
+    os.close(main_fd)
+    assert process.wait(timeout=60) == 0
+    assert "\u2501".encode() in shown
+    assert b"9.9/9.9 MB" in shown
