@@ -6,7 +6,6 @@ that only looks at files (``header``, ``convert``) does not.
 
 from __future__ import annotations
 
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from . import errors
@@ -36,13 +35,24 @@ _LAZY = {
     "Stats": "llama",
 }
 
-try:
-    __version__ = metadata.version("pyllama-dsv4")
-except metadata.PackageNotFoundError:  # imported from a source folder without an install
-    __version__ = "0+unknown"
+__version__: (
+    str  # read when asked for: the standard library's reader costs more than all the rest of an import
+)
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("pyllama-dsv4")
+    except metadata.PackageNotFoundError:  # imported from a source folder without an install
+        return "0+unknown"
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        globals()[name] = _version()
+        return globals()[name]
     if name in _LAZY:
         from importlib import import_module
 

@@ -26,6 +26,7 @@ except ImportError as error:
     ) from error
 
 __all__ = [
+    "build_info",
     "check",
     "check_ptr",
     "drain_log",
@@ -64,6 +65,16 @@ def encode_path(path: str | os.PathLike[str]) -> bytes:
 def series_digest() -> str:
     """Return the digest of the patch series that is compiled in (16 hex digits)."""
     return text(lib.pyl_build_series())
+
+
+def build_info() -> dict[str, str]:
+    """Return what is compiled in, for people: pinned llama.cpp, patches, backends, and the CPU features in use."""
+    return {
+        "llama.cpp": text(lib.pyl_build_commit()),
+        "patches": series_digest(),
+        "backends": text(lib.pyl_build_backends()),
+        "system": text(lib.llama_print_system_info()),
+    }
 
 
 def _handshake() -> None:
