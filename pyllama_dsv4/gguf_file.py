@@ -28,7 +28,6 @@ from .errors import (
 )
 from .gguf_types import (
     FILE_TYPES,
-    PRISM_Q2_0,
     TYPE_42,
     FileType,
     TensorInfo,
@@ -344,7 +343,13 @@ class _Parser:
         expected: object = None,
     ) -> FormatError:
         return FormatError(
-            attempted, path=self._path, tensor=tensor, key=key, found=found, expected=expected, hint=_DAMAGED
+            attempted,
+            path=self._path,
+            tensor=tensor or None,  # an empty name names nothing
+            key=key or None,
+            found=found,
+            expected=expected,
+            hint=_DAMAGED,
         )
 
     # the parse
@@ -581,8 +586,7 @@ class _Parser:
                     found=f"offset {tensor.offset:,}",
                     expected=f"{expected:,}",
                 )
-            # the engine has no type for PrismML's tensors and takes them for Q2_0
-            size = (PROVISIONAL_42 if type_ == PRISM_Q2_0 else type_).n_bytes(tensor.n_elements)
+            size = type_.n_bytes(tensor.n_elements)
             padded = (size + alignment - 1) // alignment * alignment
             if size > _SIZE_MAX - (alignment - 1) or padded > _SIZE_MAX - expected:
                 raise self._error("the data section is too big", tensor=tensor.name, found=f"{size:,} bytes")

@@ -233,6 +233,7 @@ BEYOND_64_BITS = (
         (header_bytes(info(dims=(-1,)), n_tensors=1), FormatError, "t", None),
         (header_bytes(info(dims=(1, -5)), n_tensors=1), FormatError, "t", None),
         (header_bytes(info(dims=(2**32, 2**31)), n_tensors=1), FormatError, "t", None),
+        (header_bytes(info(dims=(2**32, 2**31), type_=24), n_tensors=1), FormatError, "t", None),
         (header_bytes(info(dims=(2**62,)), n_tensors=1), FormatError, "t", None),
         (header_bytes(info(type_=-1), n_tensors=1), FormatError, "t", None),
         (header_bytes(info(type_=4), n_tensors=1), FormatError, "t", None),
@@ -281,6 +282,18 @@ def test_names_are_c_strings_to_the_loader(path: Path) -> None:
     )
     path.write_bytes(content)
     assert read_header(path).metadata == {"k": 1}
+
+
+def test_an_array_beyond_the_parsers_limit(path: Path) -> None:
+    """2^30 items are read, one more is not, although the file (a hole) has them."""
+    for n in (2**30, 2**30 + 1):
+        with path.open("wb") as file:
+            file.write(header_bytes(string(b"k") + struct.pack("<iiQ", 9, 0, n), n_keys=1))
+            file.truncate(2**31)
+        if n == 2**30:
+            assert len(read_header(path).metadata["k"]) == n
+        else:
+            assert verdict(path) == (TruncatedFileError, None, None)
 
 
 def test_counts_in_the_file_allocate_nothing(path: Path) -> None:
