@@ -236,7 +236,7 @@ static void test_refused() {
     expect_refused({ type42("o", F8, { 4096, 512 }), type42("x", 70, { 4096, 512 }), f32("z", 1) }, "unknown block size");
     expect_refused({ type42("x", F8, { 64, 64 }), f32("z", 1) }, "needs rows of a multiple of 128");
     // 128 values: 34 and 36 bytes both end before the next multiple of 32
-    expect_refused({ type42("x", PRISM, { 128 }), type42("big", PRISM, { 4096, 512 }), f32("z", 1) }, "not supported");
+    expect_refused({ type42("small", PRISM, { 128 }), type42("x", PRISM, { 4096, 512 }), f32("z", 1) }, "not supported");
     CHECK(open_buffer(make_file({ type42("x", PRISM, { 128 }), f32("z", 1) })).is("x", T_Q2_0), "too small: stock's meaning");
     CHECK(open_buffer(make_file({ type42("x", PRISM, { 128 }), type42("big", Q2_0, { 4096, 512 }), f32("z", 1) })).is("x", T_Q2_0), "stock");
 
