@@ -636,13 +636,18 @@ class Llama:
         return data in (b"<think>", b"</think>")
 
     def _remember(self, sampled: list[int], content: str) -> None:
-        """Remember the ids of an answer's visible text, if they are its last ids and spell exactly that text."""
+        """Remember the ids of an answer's visible text, if they spell exactly that text.
+
+        Control tokens among them spell nothing; a character that was incomplete when the answer was stopped has not
+        been shown.
+        """
         start = 0
         for i, token in enumerate(sampled):
-            if self._is_template_token(token):
+            if self._tokenizer.token_to_bytes(token) == b"</think>":
                 start = i + 1
         ids = sampled[start:]
-        if ids and content and self._tokenizer.detokenize(ids) == content:
+        text = self._tokenizer.detokenize(ids)
+        if content and text.startswith(content) and not text[len(content) :].strip("\ufffd"):
             self._replay[content.encode("utf-8")] = ids
             while len(self._replay) > N_REPLAYED_MAX:
                 self._replay.popitem(last=False)

@@ -100,7 +100,9 @@ class Session:
     def _reuse(self, ids: Sequence[int]) -> int:
         """Make the cache hold a prefix of `ids`, as long as can be had without evaluating; return its length."""
         n_common = _n_common(self._ids, ids)
-        if n_common == self.n_tokens and (n_common < len(ids) or self._context.has_logits):
+        # the counts differ if an interrupt came between the engine's books and these
+        is_whole = self._context.n_tokens == self.n_tokens
+        if is_whole and n_common == self.n_tokens and (n_common < len(ids) or self._context.has_logits):
             return n_common
         n_max = len(ids) - 1  # the logits of the last prompt token are needed
         fitting = [c for c in self._checkpoints if len(c.ids) <= n_max and c.ids == list(ids[: len(c.ids)])]
