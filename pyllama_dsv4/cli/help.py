@@ -31,6 +31,8 @@ class Option(click.Option):
 
     Args:
         section: Title of the section.
+        metavar: What its value is called; needed unless it is a flag.
+        default_text: The default in words, where showing the value itself would not help.
         is_brief: Shown by ``-h`` too.
         has_env: Read from the environment, under the name of its first ``--`` spelling.
     """
@@ -38,17 +40,28 @@ class Option(click.Option):
     def __init__(
         self,
         *args: Any,
-        section: str = "Options",
+        section: str,
+        default_text: str | None = None,
         is_brief: bool = False,
         has_env: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if default_text is None and kwargs.get("default") is not None and not self.is_flag:
+            default_text = str(kwargs["default"])
         self.section = section
         self.is_brief = is_brief
+        self._default_text = default_text
         long_names = [name for name in self.opts if name.startswith("--")]
         if has_env and long_names:
             self.envvar = ENV_PREFIX + long_names[0][2:].upper().replace("-", "_")
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
+        names = ", ".join((*self.opts, *self.secondary_opts))
+        if not self.is_flag:
+            names += f" {self.metavar}"
+        text = self.help or ""
+        return names, f"{text}  [default: {self._default_text}]" if self._default_text else text
 
 
 def option(*names: str, section: str, **kwargs: Any) -> Callable[[F], F]:
@@ -108,14 +121,14 @@ class Command(click.Command):
     def _sections(self, ctx: click.Context, *, is_brief: bool) -> dict[str, list[tuple[str, str]]]:
         sections: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
-            record = param.get_help_record(ctx)
-            if record is None or (is_brief and not getattr(param, "is_brief", False)):
-                continue
-            sections.setdefault(getattr(param, "section", "Help"), []).append(record)
+            if isinstance(param, Option) and (param.is_brief or not is_brief):
+                sections.setdefault(param.section, []).append(param.get_help_record(ctx))
         return sections
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        for title, records in self._sections(ctx, is_brief=False).items():
+        sections = self._sections(ctx, is_brief=False)
+        sections["Help"] = [("-h", "The most used options."), ("--help", "This text.")]
+        for title, records in sections.items():
             with formatter.section(title):
                 formatter.write_dl(records)
         _write_examples(formatter, self.examples)
@@ -126,7 +139,8 @@ class Command(click.Command):
         """Write usage, what the command does in a line, and the most used options."""
         self.format_usage(ctx, formatter)
         formatter.write_paragraph()
-        formatter.write_text(self.get_short_help_str(MAX_WIDTH))
+        with formatter.indentation():
+            formatter.write_text(self.get_short_help_str(MAX_WIDTH))
         records = [r for group in self._sections(ctx, is_brief=True).values() for r in group]
         with formatter.section("Most used options"):
             formatter.write_dl(records)
@@ -138,12 +152,11 @@ class Command(click.Command):
         return super().parse_args(ctx, args)
 
     def _refuse_unknown_options(self, ctx: click.Context, args: Sequence[str]) -> None:
-        """Refuse ``-nlg 8``, which would be read as ``-n`` with the value ``lg``, as the unknown option it is."""
+        """Refuse unknown names before click parses: it would read ``-nlg 8`` as ``-n`` with the value ``lg``."""
         takes_value: dict[str, bool] = {}
         for param in self.get_params(ctx):
             if isinstance(param, click.Option):
-                for name in (*param.opts, *param.secondary_opts):
-                    takes_value[name] = not (param.is_flag or param.count)
+                takes_value |= dict.fromkeys((*param.opts, *param.secondary_opts), not param.is_flag)
         is_value = False
         for arg in args:
             if arg == "--":
@@ -152,9 +165,13 @@ class Command(click.Command):
                 is_value = False
             elif arg in takes_value:
                 is_value = takes_value[arg]
-            elif len(arg) > 2 and arg[0] == "-" and arg[1:].replace("-", "").isalpha() and arg[1] != "-":
-                flags = {f"-{letter}" for letter in arg[1:]}
-                if not all(takes_value.get(flag) is False for flag in flags):
+            elif arg.startswith("--"):
+                name = arg.partition("=")[0]
+                if name not in takes_value:
+                    _refuse("option", name, takes_value, ctx)
+            elif len(arg) > 2 and arg[0] == "-" and arg[1:].isalpha():  # not -n64, which is -n with its value
+                is_flags = all(takes_value.get(f"-{letter}") is False for letter in arg[1:])
+                if not is_flags:
                     _refuse("option", arg, takes_value, ctx)
 
 

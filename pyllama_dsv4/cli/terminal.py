@@ -49,16 +49,19 @@ def use_color(mode: str, stream: TextIO) -> bool:
 
 
 class AnswerWriter:
-    """The model's text on stdout, piece by piece. A model's text is not trusted: see ``clean``.
+    """The model's text, piece by piece. A model's text is not trusted: see ``clean``.
 
     Args:
         color: ``auto``, ``always`` or ``never``.
+        stream: Where to; by default stdout.
     """
 
-    def __init__(self, color: str) -> None:
-        self._stream = sys.stdout
+    def __init__(self, color: str, stream: TextIO | None = None) -> None:
+        self.color = color
+        self._stream = sys.stdout if stream is None else stream
+        self.is_terminal = self._stream.isatty()
         self._is_color = use_color(color, self._stream)
-        self._is_cleaned = self._is_color or self._stream.isatty()
+        self._is_cleaned = self._is_color or self.is_terminal
         self._is_line_start = True
 
     def write(self, text: str, *, is_dim: bool = False) -> None:
@@ -83,13 +86,16 @@ class Ui:
     Args:
         color: ``auto``, ``always`` or ``never``.
         is_quiet: Show errors only.
+        is_verbose: Other lines may come between: animate nothing.
     """
 
-    def __init__(self, *, color: str = "auto", is_quiet: bool = False) -> None:
+    def __init__(self, *, color: str = "auto", is_quiet: bool = False, is_verbose: bool = False) -> None:
         self._stream = sys.stderr
         self.is_quiet = is_quiet
         self.is_color = use_color(color, self._stream)
-        self.is_animated = not is_quiet and color != "never" and use_color("auto", self._stream)
+        self.is_animated = (
+            not (is_quiet or is_verbose) and color != "never" and use_color("auto", self._stream)
+        )
 
     def _write(self, text: str, style: str = "") -> None:
         sys.stdout.flush()  # stdout and stderr may be the same terminal: keep their order

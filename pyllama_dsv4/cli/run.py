@@ -1,0 +1,88 @@
+"""The command ``pyllama-dsv4 run``: one prompt, one completion; the answer on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from .common import (
+    Options,
+    load_options,
+    model_argument,
+    open_model,
+    output_options,
+    sampling_options,
+    stats_line,
+)
+from .help import Command, option
+from .terminal import AnswerWriter
+
+__all__ = ["run"]
+
+PROMPT: Final = "Prompt"
+
+
+@click.command(
+    cls=Command,
+    examples=(
+        "pyllama-dsv4 run flash.gguf -p 'Once upon a time' -n 64",
+        "pyllama-dsv4 run flash.gguf --temp 0 < prompt.txt > answer.txt",
+    ),
+)
+@option(
+    "-p", "--prompt", metavar="TEXT", section=PROMPT, is_brief=True, has_env=False,
+    help="Text to continue; - reads standard input, as does a pipe without -p.",
+)  # fmt: skip
+@option(
+    "-f", "--file", "prompt_file", type=click.Path(path_type=Path), metavar="PATH", section=PROMPT,
+    is_brief=True, has_env=False, help="Read the prompt from a file.",
+)  # fmt: skip
+@model_argument
+@sampling_options
+@load_options
+@output_options
+@click.pass_context
+def run(ctx: click.Context, /, prompt: str | None, prompt_file: Path | None, **values: Any) -> None:
+    """Complete one prompt and exit.
+
+    The prompt is continued as it is: no chat template, one beginning-of-sentence token in front. Text of special
+    tokens in it counts as those tokens. Ctrl-C ends the completion.
+    """
+    options = Options.take(ctx, values)
+    if options.path is None:
+        raise click.UsageError("no model: give a GGUF file.", ctx=ctx)
+    text = _prompt(ctx, prompt, prompt_file)
+    writer = AnswerWriter(options.color)
+    with open_model(options, options.path) as (llm, _):
+        try:
+            pieces = llm.generate(text, max_tokens=options.max_tokens, **options.sampling)
+            with closing(pieces), options.ui.waiting("reading the prompt") as waiting:  # type: ignore[type-var]
+                for piece in pieces:
+                    waiting.stop()
+                    writer.write(piece)
+        finally:
+            writer.end_line()
+        options.ui.note(stats_line(llm.stats, llm.n_tokens, llm.n_ctx))
+
+
+def _prompt(ctx: click.Context, prompt: str | None, file: Path | None) -> str:
+    """Return the prompt; one line end at its end is the file's or the pipe's, not the prompt's."""
+    if prompt is not None and file is not None:
+        raise click.UsageError("two prompts: give -p or -f, not both.", ctx=ctx)
+    if file is not None:
+        data = file.read_bytes()
+    elif prompt is not None and prompt != "-":
+        # arguments that are not UTF-8 arrive with surrogates
+        return prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    elif prompt is None and sys.stdin.isatty():
+        raise click.UsageError("no prompt: give -p TEXT, -f FILE, or a prompt in a pipe.", ctx=ctx)
+    else:
+        data = sys.stdin.buffer.read()
+    text = data.decode("utf-8", "replace").removesuffix("\n")
+    if not text and prompt is None and file is None:
+        raise click.UsageError("no prompt: standard input is empty. Give -p TEXT or -f FILE.", ctx=ctx)
+    return text
