@@ -2,7 +2,11 @@
 
 #include "error.h"
 
+#include "llama-vocab.h"
+
+#include <algorithm>
 #include <climits>
+#include <vector>
 
 int32_t pyl_tokenize(const struct llama_vocab * vocab, const char * text, int32_t n_bytes, int32_t * ids, int32_t n_max,
         bool parse_special) {
@@ -12,8 +16,16 @@ int32_t pyl_tokenize(const struct llama_vocab * vocab, const char * text, int32_
             pyl_set_error("the file has no vocabulary");
             return PYL_ERROR_ARGUMENT;
         }
-        // add_special = false: the V4 files say add_bos = false, and the caller puts BOS in front when it is wanted
-        n = llama_tokenize(vocab, text, n_bytes, ids, n_max, false, parse_special);
+        // BOS and EOS are the caller's. Without parse_special nothing is looked for in the text: upstream would still
+        // match user-defined tokens, and <think> in a user's text is not the model's <think>.
+        const std::vector<llama_token> found =
+            vocab->tokenize(std::string(text, n_bytes), false, parse_special, parse_special);
+        n = int32_t(found.size());
+        if (n > n_max) {
+            n = -n;
+        } else {
+            std::copy(found.begin(), found.end(), ids);
+        }
         return PYL_OK;
     });
     return n;
