@@ -302,8 +302,6 @@ class _Parser:
         if n > self._size - self._pos:
             raise self._truncated(what, n)
         self._pos += n
-        if self._pos > self._chunk_start + len(self._chunk):
-            self._chunk, self._chunk_start = b"", self._pos
 
     def _scalar(self, code: str, what: str) -> Any:
         (value,) = struct.unpack("<" + code, self._take(struct.calcsize("<" + code), what))
@@ -402,8 +400,8 @@ class _Parser:
                 hint=_other_format_hint(self._path, magic),
             )
         version = self._scalar("I", "the version")
-        if version == 0 or version & 0xFFFF == 0:
-            raise self._bad_version(version, "This is a big-endian file; convert it to little endian.")
+        if version & 0xFFFF == 0:
+            raise self._bad_version(version, "It may be a big-endian file; convert it to little endian.")
         if version == 1:
             raise self._bad_version(
                 version, "GGUF version 1 is no longer supported; convert the model again."

@@ -67,6 +67,15 @@ def test_metadata_values(path: Path) -> None:
         assert (list(found) if type_.startswith("arr") else found) == value
     array = header.metadata["k.arr[str]"]
     assert (len(array), array[1], array[-1], array[:2]) == (3, "a", "\U0001f600", ["", "a"])
+    path.write_bytes(b"")  # what was read once is kept; the rest is gone with the file
+    assert array[1] == "a"
+
+
+def test_a_file_that_shrinks_while_it_is_looked_at(path: Path) -> None:
+    array = read_header(Gguf([("a", "arr[u8]", [1, 2])]).write(path)).metadata["a"]
+    path.write_bytes(b"GGUF")
+    with pytest.raises(TruncatedFileError, match="became shorter"):
+        list(array)
 
 
 def test_arrays_longer_than_a_read_are_skipped_right(path: Path) -> None:
