@@ -2,7 +2,7 @@
 
 #include "check.h"
 
-#include "f8-e4m3-b128.h"
+#include "../ggml/f8-e4m3-b128.h"
 #include "ggml-cpu.h"
 #include "ggml.h"
 

@@ -3,8 +3,8 @@
 
 #include "check.h"
 
-#include "codec/f8-e4m3-b128.h"
-#include "f8-e4m3-b128.h"
+#include "../codec/f8-e4m3-b128.h"
+#include "../ggml/f8-e4m3-b128.h"
 #include "f8-e4m3-b128-cpu.h"
 #include "ggml-cpu.h"
 #include "ggml.h"

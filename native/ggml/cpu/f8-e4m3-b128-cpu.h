@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include "f8-e4m3-b128.h"
+#include "../f8-e4m3-b128.h"
 
 #ifdef __cplusplus
 extern "C" {
