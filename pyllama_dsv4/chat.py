@@ -31,6 +31,7 @@ __all__ = [
     "FinishReason",
     "PromptPart",
     "ReasoningEffort",
+    "ResponseHead",
     "ToolCall",
     "ToolChoice",
     "chat_completion",
@@ -574,7 +575,7 @@ class AnswerReader:
         return "".join(self._raw)
 
     def feed(self, text: str) -> ChatDelta:
-        """Take a piece of the answer; return what can be said of it, possibly nothing (an empty dict)."""
+        """Take a piece of the answer; return what it adds, possibly nothing (an empty dictionary)."""
         if not text:
             return {}
         self._raw.append(text)
@@ -588,8 +589,9 @@ class AnswerReader:
 
         Returns:
             The last delta; the whole message; the finish reason, ``"tool_calls"`` if tools are to be called;
-            and whether the text follows the format. If not (a call of an unknown tool, broken markup), the
-            message holds what could be read and ``raw`` everything that was generated.
+            and whether the text follows the format. If not (a call of an unknown tool, broken markup, an end
+            in the middle of a call that the model chose), the message holds what could be read and ``raw``
+            everything that was generated.
         """
         end = json.loads(self._push("", True))
         delta = self._delta(end["deltas"])
@@ -597,32 +599,28 @@ class AnswerReader:
         message: AssistantMessage = {"role": "assistant", "content": end["message"]["content"]}
         if end["message"]["reasoning_content"]:
             message["reasoning_content"] = end["message"]["reasoning_content"]
-        complete = bool(end["complete"])
         if calls:
             message["content"] = message["content"] or None
             message["tool_calls"] = [
-                {
-                    "id": call_id,
-                    "type": "function",
-                    "function": {"name": c["name"], "arguments": c["arguments"]},
-                }
-                for call_id, c in zip(self._ids, calls, strict=True)
+                {"id": call_id, "type": "function", "function": function}
+                for call_id, function in zip(self._ids, calls, strict=True)
             ]
-            # an answer may stop in the middle of a call
-            complete = complete and all(_is_json_object(call["arguments"]) for call in calls)
-            if finish_reason == "stop" and complete:
-                finish_reason = "tool_calls"
-        return delta, message, finish_reason, complete
+        if finish_reason == "length":
+            return delta, message, finish_reason, True  # cut off, as was asked for
+        follows_format = end["complete"] and all(_is_json_object(call["arguments"]) for call in calls)
+        if calls and follows_format:
+            finish_reason = "tool_calls"
+        return delta, message, finish_reason, follows_format
 
-    def _delta(self, deltas: dict[str, Any]) -> ChatDelta:
+    def _delta(self, body: dict[str, Any]) -> ChatDelta:
         out: ChatDelta = {}
-        if "reasoning_content" in deltas:
-            out["reasoning_content"] = deltas["reasoning_content"]
-        if "content" in deltas:
-            out["content"] = deltas["content"]
-        for call in deltas.get("tool_calls", ()):
+        if "reasoning_content" in body:
+            out["reasoning_content"] = body["reasoning_content"]
+        if "content" in body:
+            out["content"] = body["content"]
+        for call in body.get("tool_calls", ()):
             piece: ToolCallDelta = {"index": call["index"]}
-            if call["index"] == len(self._ids):
+            if "name" in call:
                 self._ids.append(f"call_{secrets.token_hex(12)}")
                 piece["id"] = self._ids[-1]
                 piece["type"] = "function"

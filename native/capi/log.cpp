@@ -3,6 +3,8 @@
 
 #include "pyllama.h"
 
+#include "log.h" // upstream's common
+
 #include <cstring>
 #include <deque>
 #include <mutex>
@@ -54,6 +56,9 @@ void on_log(enum ggml_log_level level, const char * text, void *) {
 
 void pyl_log_init(void) {
     llama_log_set(on_log, nullptr);
+    // common has a log of its own, which writes to stdout and stderr from a thread. What it has to say about chats is
+    // in exceptions and results; the server sets the level it wants.
+    common_log_set_verbosity_thold(LOG_LEVEL_OUTPUT - 1);
 }
 
 int32_t pyl_log_next(char * buf, int32_t size, int32_t * level) {

@@ -266,30 +266,29 @@ def test_a_prompt_is_read_from_json() -> None:
 class Script:
     """A native parser that answers with prepared JSON and notes what it was given."""
 
-    def __init__(self, *answers: dict[str, Any]) -> None:
-        self.answers = list(answers)
+    def __init__(self, *deltas: dict[str, Any], complete: bool = True, **message: Any) -> None:
+        self.deltas = list(deltas)
+        message = {"content": "", "reasoning_content": "", "tool_calls": [], **message}
+        self.end = {"message": message, "complete": complete}
         self.seen: list[tuple[str, bool]] = []
 
     def __call__(self, text: str, is_final: bool) -> str:
         self.seen.append((text, is_final))
-        return json.dumps(self.answers.pop(0))
-
-
-def end(message: dict[str, Any], complete: bool = True, **deltas: Any) -> dict[str, Any]:
-    message = {"content": "", "reasoning_content": "", "tool_calls": [], **message}
-    return {"deltas": deltas, "message": message, "complete": complete}
+        return json.dumps({"deltas": self.deltas.pop(0), **(self.end if is_final else {})})
 
 
 def test_plain_answer() -> None:
-    script = Script({"deltas": {"content": "a"}}, {"deltas": {}}, end({"content": "ab"}, content="b"))
+    script = Script({"content": "a"}, {}, {"content": "b"}, content="ab")
     reader = AnswerReader(script)
     assert reader.feed("a") == {"content": "a"}
     assert reader.feed("") == {}
     assert reader.feed("b") == {}
-    delta, message, reason, complete = reader.finish("length")
-    assert delta == {"content": "b"}
-    assert message == {"role": "assistant", "content": "ab"}
-    assert (reason, complete) == ("length", True)
+    assert reader.finish("length") == (
+        {"content": "b"},
+        {"role": "assistant", "content": "ab"},
+        "length",
+        True,
+    )
     assert script.seen == [("a", False), ("b", False), ("", True)]
     assert reader.raw == "ab"
 
@@ -297,23 +296,23 @@ def test_plain_answer() -> None:
 def test_calls_are_numbered_and_named_once() -> None:
     calls = [{"name": "f", "arguments": '{"a": 1}'}, {"name": "g", "arguments": "{}"}]
     script = Script(
-        {"deltas": {"reasoning_content": "r"}},
-        {"deltas": {"tool_calls": [{"index": 0, "name": "f", "arguments": "{"}]}},
+        {"reasoning_content": "r"},
+        {"tool_calls": [{"index": 0, "name": "f", "arguments": "{"}]},
         {
-            "deltas": {
-                "tool_calls": [
-                    {"index": 0, "arguments": '"a": 1}'},
-                    {"index": 1, "name": "g", "arguments": "{}"},
-                ]
-            }
+            "tool_calls": [
+                {"index": 0, "arguments": '"a": 1}'},
+                {"index": 1, "name": "g", "arguments": "{}"},
+            ]
         },
-        end({"tool_calls": calls, "reasoning_content": "r"}),
+        {},
+        tool_calls=calls,
+        reasoning_content="r",
     )
     reader = AnswerReader(script)
     assert reader.feed("1") == {"reasoning_content": "r"}
     first = reader.feed("2")["tool_calls"]
     second = reader.feed("3")["tool_calls"]
-    _, message, reason, complete = reader.finish("stop")
+    _, message, *end = reader.finish("stop")
     ids = [first[0]["id"], second[1]["id"]]
     assert len(set(ids)) == 2
     assert first == [
@@ -329,27 +328,29 @@ def test_calls_are_numbered_and_named_once() -> None:
         "reasoning_content": "r",
         "tool_calls": [{"id": i, "type": "function", "function": c} for i, c in zip(ids, calls, strict=True)],
     }
-    assert (reason, complete) == ("tool_calls", True)
+    assert end == ["tool_calls", True]
 
 
 @pytest.mark.parametrize(
-    ("given", "arguments", "follows_format", "reason", "complete"),
+    ("given", "arguments", "complete", "reason", "follows_format"),
     [
         ("stop", "{}", True, "tool_calls", True),
         ("length", "{}", True, "length", True),
         ("stop", '{"a":', True, "stop", False),
-        ("length", '{"a":', True, "length", False),
+        ("length", '{"a":', False, "length", True),
         ("stop", "{}", False, "stop", False),
+        ("stop", "[" * 100_000, True, "stop", False),
     ],
 )
 def test_finish_reason_says_tool_calls_only_for_whole_calls(
-    given: chat.FinishReason, arguments: str, follows_format: bool, reason: str, complete: bool
+    given: Any, arguments: str, complete: bool, reason: str, follows_format: bool
 ) -> None:
     calls = [{"name": "f", "arguments": arguments}]
-    delta = [{"index": 0, "name": "f", "arguments": arguments}]
-    reader = AnswerReader(Script(end({"tool_calls": calls}, follows_format, tool_calls=delta)))
-    _, message, got, whole = reader.finish(given)
-    assert (got, whole) == (reason, complete)
+    delta = {"tool_calls": [{"index": 0, "name": "f", "arguments": arguments}]}
+    reader = AnswerReader(Script(delta, {}, complete=complete, tool_calls=calls))
+    reader.feed("<x>")
+    _, message, *end = reader.finish(given)
+    assert end == [reason, follows_format]
     assert message["tool_calls"][0]["function"] == calls[0]
 
 
