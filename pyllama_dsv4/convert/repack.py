@@ -114,8 +114,9 @@ def _read_scales(checkpoint: Checkpoint, name: str, start: int, shape: tuple[int
     scales = _read(checkpoint, name, start, shape)
     if tensor.dtype == "F32":
         bits = scales.view("<u4")
-        # a power of two has an empty mantissa; 2^-127 is subnormal in F32 and byte 0 in E8M0
-        is_power = ((bits & 0x807FFFFF) == 0) & (bits > 0) & (bits < 0x7F800000)
+        # a power of two has an empty mantissa; 2^-127 is subnormal in F32 and byte 0 in E8M0. The upper bound
+        # excludes infinity, and negative numbers with it.
+        is_power = ((bits & 0x7FFFFF) == 0) & (bits > 0) & (bits < 0x7F800000)
         is_smallest = bits == 0x00400000
         bad = np.argwhere(~(is_power | is_smallest))
         if bad.size:

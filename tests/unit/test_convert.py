@@ -22,7 +22,7 @@ import pytest
 
 from pyllama_dsv4 import synth
 from pyllama_dsv4.checkpoint import Checkpoint
-from pyllama_dsv4.convert import convert, template, writer
+from pyllama_dsv4.convert import convert, repack, template, writer
 from pyllama_dsv4.convert.metadata import GENERATION_KEY
 from pyllama_dsv4.convert.plan import Plan, make_plan
 from pyllama_dsv4.convert.tokenizer import TokenType, read_vocabulary
@@ -711,6 +711,21 @@ def test_same_bytes_with_any_number_of_threads_and_shards(tiny: Path, tmp_path: 
         report = check_header(f.path)
         assert (report.dialect, report.derived_keys) == ("native", {})
     assert sorted(os.listdir(tmp_path)) == ["1.gguf", "4.gguf", "7.gguf", "Tiny-V4"]
+
+
+@pytest.mark.parametrize("n_bytes", [800, 40_000])
+def test_same_bytes_in_any_pieces(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_bytes: int
+) -> None:
+    """Tiny tensors fit one piece; real ones are made of many, at row and tile offsets of their own."""
+    n_calls = []
+    for name, size in (("whole", repack.PIECE_BYTES), ("pieces", n_bytes)):
+        monkeypatch.setattr(repack, "PIECE_BYTES", size)
+        calls: list[str] = []
+        convert(tiny, tmp_path / f"{name}.gguf", progress=lambda *args, calls=calls: calls.append(args[2]))
+        n_calls.append(len(calls))
+    assert n_calls[1] > n_calls[0] + 50
+    assert sha256(tmp_path / "pieces.gguf") == sha256(tmp_path / "whole.gguf")
 
 
 def test_an_existing_file_is_replaced_only_by_a_complete_one(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -12,7 +13,7 @@ import pytest
 
 from pyllama_dsv4 import synth
 from pyllama_dsv4.checkpoint import Checkpoint
-from pyllama_dsv4.errors import ArgumentError, CheckpointError
+from pyllama_dsv4.errors import ArgumentError, CheckpointError, DiskFullError, ModelFileError
 from pyllama_dsv4.header import check_header
 from pyllama_dsv4.tensors import HParams, tensor_table
 
@@ -273,14 +274,30 @@ class TestDemo:
 
     def test_failure_leaves_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("no")))
-        with pytest.raises(OSError, match="no"):
+        with pytest.raises(ModelFileError, match="no"):
             synth.demo_model(tmp_path)
         assert os.listdir(tmp_path) == []
+
+    @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+    def test_system_errors_are_named(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+    ) -> None:
+        def fail(*_: object, **__: object) -> None:
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(synth, "_write_shard", fail)
+        with pytest.raises(DiskFullError if code == errno.ENOSPC else ModelFileError) as caught:
+            synth.demo_model(tmp_path / "cache")
+        assert caught.value.path == str(tmp_path / "cache")
+        assert os.listdir(tmp_path / "cache") == []
 
     def test_demos_of_other_versions_go_after_a_while(self, tmp_path: Path) -> None:
         old, recent = tmp_path / "demo-bytes-0.gguf", tmp_path / "demo-bytes-1.gguf"
         for path in (old, recent):
             path.write_bytes(b"")
-        os.utime(old, (0, 0))
+        killed = tmp_path / "demo-abcdefgh"
+        killed.mkdir()
+        for path in (old, killed):
+            os.utime(path, (0, 0))
         demo = synth.demo_model(tmp_path)
         assert sorted(os.listdir(tmp_path)) == sorted([demo.name, recent.name])
