@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +14,13 @@ from pyllama_dsv4.convert import OUTTYPES, ConvertResult
 from pyllama_dsv4.convert import convert as convert_checkpoint
 from pyllama_dsv4.convert.run import not_enough_space
 
+from .help import Command, option
+from .terminal import Ui, clean
+
 __all__ = ["convert"]
+
+CONVERSION: Final = "Conversion"
+OUTPUT: Final = "Output"
 
 LINE_INTERVAL_S: Final = 5.0
 """Seconds between progress lines when stderr is not a terminal."""
@@ -23,33 +28,71 @@ LINE_INTERVAL_S: Final = 5.0
 Report = Callable[[int, int, str], None]
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    examples=(
+        "pyllama-dsv4 convert DeepSeek-V4-Flash --outfile flash.gguf",
+        "pyllama-dsv4 convert DeepSeek-V4-Flash --outfile flash.gguf --dry-run",
+    ),
+)
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--outfile", type=click.Path(path_type=Path), required=True, help="The GGUF file to write.")
-@click.option(
+@option(
+    "--outfile",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="FILE",
+    section=CONVERSION,
+    is_brief=True,
+    has_env=False,
+    help="The GGUF file to write.",
+)
+@option(
     "--outtype",
     type=click.Choice(OUTTYPES),
     default=OUTTYPES[0],
-    show_default=True,
-    help="FP8 dense weights and MXFP4 experts, as released.",
+    metavar="TYPE",
+    section=CONVERSION,
+    help="FP8 dense weights and MXFP4 experts, as released; there is no other yet.",
 )
-@click.option(
+@option(
     "-t",
     "--threads",
     "--torch-threads",
     "n_threads",
     type=click.IntRange(1, 1024),
-    help="Worker threads.  [default: all cores]",
+    metavar="N",
+    default_text="all cores",
+    section=CONVERSION,
+    is_brief=True,
+    help="Worker threads.",
 )
-@click.option("--model-name", help="Name in the file's metadata.  [default: from the folder]")
-@click.option(
+@option(
+    "--model-name",
+    metavar="TEXT",
+    default_text="from the folder",
+    section=CONVERSION,
+    has_env=False,
+    help="Name in the file's metadata.",
+)
+@option(
     "--chat-template-file",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Jinja template to write.  [default: upstream's for this model]",
+    metavar="FILE",
+    default_text="upstream's for this model",
+    section=CONVERSION,
+    has_env=False,
+    help="Jinja template to write.",
 )
-@click.option("--dry-run", is_flag=True, help="Check everything and print the plan; write nothing.")
-@click.option("-v", "--verbose", is_flag=True, help="List every tensor.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress and no report, only errors.")
+@option(
+    "--dry-run",
+    is_flag=True,
+    section=CONVERSION,
+    is_brief=True,
+    has_env=False,
+    help="Check everything and print the plan; write nothing.",
+)
+@option("-v", "--verbose", is_flag=True, section=OUTPUT, help="List every tensor.")
+@option("-q", "--quiet", is_flag=True, section=OUTPUT, help="No progress and no report, only errors.")
 def convert(
     checkpoint: Path,
     outfile: Path,
@@ -63,17 +106,13 @@ def convert(
 ) -> None:
     """Convert a DeepSeek-V4 checkpoint to a native GGUF file.
 
-    CHECKPOINT is a folder as downloaded from the hub: config.json, safetensors shards with their index, and the
-    tokenizer files. FP8 and FP4 weights are copied code by code, never recomputed. Until it is complete, the file
-    is called OUTFILE.partial.
-
-    \b
-    Examples:
-      pyllama-dsv4 convert DeepSeek-V4-Flash --outfile flash.gguf
-      pyllama-dsv4 convert DeepSeek-V4-Flash --outfile flash.gguf --dry-run
+    CHECKPOINT is a folder as downloaded from the hub: config.json, safetensors shards with their index, and
+    the tokenizer files. FP8 and FP4 weights are copied code by code, never recomputed. Until it is complete,
+    the file is called FILE.partial.
     """
+    ui = Ui(is_quiet=quiet)
     template = None if chat_template_file is None else chat_template_file.read_text(encoding="utf-8")
-    with _progress(is_shown=not (quiet or dry_run)) as report:
+    with _progress(ui, is_shown=not (quiet or dry_run)) as report:
         result = convert_checkpoint(
             checkpoint,
             outfile,
@@ -85,7 +124,7 @@ def convert(
             chat_template=template,
         )
     for note in result.notes:
-        click.echo(f"note: {note}", err=True)
+        ui.note(f"note: {note}")
     if not quiet:
         if verbose:
             _print_tensors(result)
@@ -95,31 +134,29 @@ def convert(
 
 
 @contextmanager
-def _progress(*, is_shown: bool) -> Iterator[Report | None]:
+def _progress(ui: Ui, *, is_shown: bool) -> Iterator[Report | None]:
     """Give a callback that shows progress on stderr: a bar on a terminal, a line now and then elsewhere."""
     if not is_shown:
         yield None
-    elif sys.stderr.isatty():
-        with _bar() as report:
+    elif ui.is_animated:
+        with _bar(ui) as report:
             yield report
     else:
-        yield _Lines()
+        yield _Lines(ui)
 
 
 @contextmanager
-def _bar() -> Iterator[Report]:
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-    from rich.progress import TransferSpeedColumn as SpeedColumn
+def _bar(ui: Ui) -> Iterator[Report]:
+    from rich import progress as rich
 
     columns = (
-        BarColumn(),
-        DownloadColumn(),
-        SpeedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
+        rich.BarColumn(),
+        rich.DownloadColumn(),
+        rich.TransferSpeedColumn(),
+        rich.TimeRemainingColumn(),
+        rich.TextColumn("{task.description}", markup=False),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with rich.Progress(*columns, console=ui.console()) as progress:
         task = progress.add_task("")
 
         def report(n_done: int, n_total: int, tensor: str) -> None:
@@ -131,7 +168,8 @@ def _bar() -> Iterator[Report]:
 class _Lines:
     """Progress for logs and pipes."""
 
-    def __init__(self) -> None:
+    def __init__(self, ui: Ui) -> None:
+        self._ui = ui
         self._start_s = self._last_s = time.monotonic()
 
     def __call__(self, n_done: int, n_total: int, tensor: str) -> None:
@@ -141,10 +179,9 @@ class _Lines:
         self._last_s = now_s
         per_s = n_done / max(now_s - self._start_s, 1e-9)
         left_s = round((n_total - n_done) / per_s)
-        click.echo(
+        self._ui.note(
             f"{100 * n_done / n_total:5.1f} %  {n_done / 1e9:.2f} of {n_total / 1e9:.2f} GB"
-            f"  {per_s / 1e9:.2f} GB/s  {left_s // 60}:{left_s % 60:02d} left  {tensor}",
-            err=True,
+            f"  {per_s / 1e9:.2f} GB/s  {left_s // 60}:{left_s % 60:02d} left  {tensor}"
         )
 
 
@@ -158,7 +195,7 @@ def _print_tensors(result: ConvertResult) -> None:
 
 def _print_result(result: ConvertResult) -> None:
     verb = "would write" if result.is_dry_run else "wrote"
-    click.echo(f"{verb} {result.path}")
+    click.echo(f"{verb} {clean(str(result.path))}")
     rows = [
         ("size", f"{result.n_bytes:,} bytes ({result.n_bytes / 2**30:.2f} GiB)"),
         ("header", f"{result.n_bytes_header:,} bytes, {result.n_keys} keys"),

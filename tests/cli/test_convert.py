@@ -8,12 +8,12 @@ import pty
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_process import TIMEOUT_S, command
 
 from pyllama_dsv4 import synth
 from pyllama_dsv4.gguf_file import parse_gguf
@@ -26,12 +26,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return synth.write_checkpoint(tmp_path_factory.mktemp("tiny") / "Tiny-V4", seed=3)
 
 
-def command(*args: object) -> list[str]:
-    return [sys.executable, "-m", "pyllama_dsv4", "convert", *map(str, args)]
-
-
-def run(*args: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*args), capture_output=True, text=True, timeout=120, **options)
+def run(*args: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command("convert", *args), capture_output=True, text=True, timeout=TIMEOUT_S)
 
 
 def test_converts(tiny: Path, tmp_path: Path) -> None:
@@ -107,14 +103,15 @@ def test_quiet(tiny: Path, tmp_path: Path) -> None:
     ("args", "code", "message"),
     [
         ((), 2, "--outfile"),
-        (("--outfile", "x.gguf", "--outtype", "q8_0"), 2, "moe-f8-e4m3-mxfp4"),
-        (("--outfile", "x.gguf", "--threads", "0"), 2, "threads"),
-        (("--outfile", "."), 2, "a folder"),
-        (("--outfile", "no/x.gguf"), 3, "folder of the output file"),
+        (("--outfile", "{}/x.gguf", "--outtype", "q8_0"), 2, "moe-f8-e4m3-mxfp4"),
+        (("--outfile", "{}/x.gguf", "--threads", "0"), 2, "threads"),
+        (("--outfile", "{}/x.gguf", "--thread", "1"), 2, "Did you mean --threads"),
+        (("--outfile", "{}"), 2, "a folder"),
+        (("--outfile", "{}/no/x.gguf"), 3, "folder of the output file"),
     ],
 )
 def test_usage_errors(tiny: Path, tmp_path: Path, args: tuple[str, ...], code: int, message: str) -> None:
-    done = run(tiny, *args, cwd=tmp_path)
+    done = run(tiny, *(arg.format(tmp_path) for arg in args))
     assert done.returncode == code
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -137,22 +134,23 @@ def test_no_such_checkpoint(tmp_path: Path) -> None:
     assert str(tmp_path / "nowhere") in done.stderr
 
 
-def test_ctrl_c_removes_the_partial_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sig", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_remove_the_partial_file(tmp_path: Path, sig: signal.Signals, code: int) -> None:
     folder = synth.write_checkpoint(
         tmp_path / "x", synth.flash_config(num_hidden_layers=2, num_hash_layers=2), seed=0, is_sparse=True
     )
     out = tmp_path / "out"
     out.mkdir()
     process = subprocess.Popen(
-        command(folder, "--outfile", out / "x.gguf"),
+        command("convert", folder, "--outfile", out / "x.gguf"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     wait_until(lambda: (out / "x.gguf.partial").exists() or process.poll() is not None)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sig)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
+    assert process.returncode == code, stderr
     assert os.listdir(out) == []
     assert "Traceback" not in stderr
 
@@ -169,7 +167,10 @@ def test_progress_bar_on_a_terminal(tiny: Path, tmp_path: Path) -> None:
     env = os.environ | {"TERM": "xterm-256color", "COLUMNS": "120"}
     env.pop("NO_COLOR", None)
     process = subprocess.Popen(
-        command(tiny, "--outfile", tmp_path / "x.gguf"), stdout=subprocess.PIPE, stderr=terminal, env=env
+        command("convert", tiny, "--outfile", tmp_path / "x.gguf"),
+        stdout=subprocess.PIPE,
+        stderr=terminal,
+        env=env,
     )
     os.close(terminal)
     shown = b""
