@@ -16,7 +16,7 @@ headers.
    ``split.no``, and names that an earlier shard has; after the last, ``split.tensors.count``.
 3. Tensors of type 42 in file order over all shards: unresolved or unsupported ones, and meanings other than
    that of the first.
-4. ``general.architecture``.
+4. ``general.architecture``; then ``general.alignment`` of each shard.
 5. Dialect: the first tensor in file order whose name belongs to another dialect than the first renamed
    tensor's.
 6. Metadata keys in the order of the format specification's table (``model_keys``), the tokenizer's last; then
@@ -61,6 +61,7 @@ __all__ = ["Dialect", "Header", "HeaderReport", "Tensor", "check_header", "read_
 Dialect = Literal["native", "upstream", "mixed", "other"]
 """``other``: not a DeepSeek-V4 file. ``mixed``: names of both dialects, which ``check_header`` refuses."""
 
+_MIN_ALIGNMENT: Final = 32
 _INCOMPLETE: Final = "The download or copy was interrupted; fetch the file again."
 _CONVERT_AGAIN: Final = "The file does not match its own metadata; convert the checkpoint again."
 
@@ -262,6 +263,7 @@ def check_header(source: str | os.PathLike[str] | Header, *, any_architecture: b
         return HeaderReport(header, None, {})
     _check_type42(header)
     _check_architecture(header)
+    _check_alignment(header)
     _check_dialect(header)
     keys = read_model_keys(header.kv, header.dims, path=header.path)
     _check_mtp(header, keys.hparams.n_layer - keys.n_mtp, keys.n_mtp)
@@ -451,6 +453,20 @@ def _check_architecture(header: Header) -> None:
             if found == "deepseek41"
             else "Use llama.cpp, which runs many architectures.",
         )
+
+
+def _check_alignment(header: Header) -> None:
+    # the CPU backend asserts that mapped weights start at multiples of this
+    for shard in header.shards:
+        if shard.alignment < _MIN_ALIGNMENT:
+            raise FormatError(
+                "the tensors are packed too tightly to be mapped into memory",
+                path=shard.path,
+                key="general.alignment",
+                found=shard.alignment,
+                expected=f"at least {_MIN_ALIGNMENT}",
+                hint=_CONVERT_AGAIN,
+            )
 
 
 def _form(name: str) -> Literal["native", "upstream"] | None:

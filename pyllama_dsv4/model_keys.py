@@ -25,6 +25,7 @@ Dims = Mapping[str, tuple[int, ...]]
 _MAX_LAYERS: Final = 512
 _MAX_EXPERTS: Final = 1024
 _MAX_SINKHORN: Final = 64
+_MIN_HADAMARD: Final = 64  # indexer rows are rotated in pieces of this size or its multiples by 2
 _INT32_MAX: Final = 2**31 - 1
 _UINT32_MAX: Final = 2**32 - 1
 
@@ -115,6 +116,8 @@ def _read(k: _Keys, d: _Deriver) -> ModelKeys:
     swiglu_limits = k.f32_per_layer("swiglu_clamp_exp", n_layer)
     indexer_n_head = k.u32("attention.indexer.head_count", 1, _INT32_MAX)
     indexer_head_dim = k.u32("attention.indexer.key_length", n_rot, _INT32_MAX)
+    if indexer_head_dim % _MIN_HADAMARD != 0:
+        raise k.bad_value("attention.indexer.key_length", indexer_head_dim, f"a multiple of {_MIN_HADAMARD}")
     indexer_top_k = k.u32("attention.indexer.top_k", 1, _INT32_MAX)
     if d.derives("swiglu_clamp_shexp"):
         d.add("swiglu_clamp_shexp", swiglu_limits)

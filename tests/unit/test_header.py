@@ -464,6 +464,21 @@ def test_a_lone_last_tensor_of_unknown_size(path: Path) -> None:
 # --- steps 4 and 5 --------------------------------------------------------------------------------
 
 
+def test_an_alignment_that_cannot_be_mapped(path: Path) -> None:
+    # the engine asserts on it when it maps the file
+    model = native_v4()
+    model.alignment = 16
+    model.set("general.alignment", "u32", 16)
+    model.write(path)
+    assert verdict(path) == (FormatError, None, "general.alignment")
+
+
+def test_indexer_rows_that_cannot_be_rotated(path: Path) -> None:
+    # the engine asserts on it when it builds the graph
+    native_v4(replace(TINY, indexer_head_dim=96)).write(path)
+    assert verdict(path) == (FormatError, None, P + "attention.indexer.key_length")
+
+
 @pytest.mark.parametrize("name", ["deepseek41", "deepseek2", "llama", ""])
 def test_another_architecture(path: Path, name: str) -> None:
     error = refusal(native_v4().set("general.architecture", "str", name).write(path))
