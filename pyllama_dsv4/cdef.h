@@ -10,7 +10,6 @@ struct llama_model_tensor_buft_override;
 struct llama_sampler;
 struct llama_sampler_seq_config;
 struct llama_vocab;
-struct pyl_monitor;
 enum ggml_type
 {
   GGML_TYPE_F32 = ...,
@@ -277,9 +276,15 @@ enum pyl_status
   PYL_CANCELLED = ...,
   PYL_CONTEXT_FULL = ...
 };
+struct pyl_monitor
+{
+  int32_t cancel;
+  float progress;
+};
 const char *pyl_build_version(void);
 const char *pyl_build_commit(void);
 const char *pyl_build_series(void);
+bool pyl_knows_architecture(const char *name);
 const char *pyl_build_backends(void);
 const char *pyl_last_error(void);
 void pyl_log_init(void);
