@@ -22,3 +22,18 @@ if (_llama_sources)
         TARGET_DIRECTORY llama PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)
 endif()
 target_include_directories(llama PRIVATE ${PYLLAMA_DSV4_NATIVE}/llama)
+
+# the V4 chat template, compiled in: it replaces the malformed one of native files
+set(_template ${PYLLAMA_DSV4_LLAMA_CPP}/models/templates/deepseek-ai-DeepSeek-V4.jinja)
+set(_template_cpp ${CMAKE_BINARY_DIR}/dsv4-chat-template.cpp)
+add_custom_command(
+    OUTPUT  ${_template_cpp}
+    COMMAND ${CMAKE_COMMAND} -DINPUT=${_template} -DOUTPUT=${_template_cpp} -DSYMBOL=dsv4_chat_template
+            -P ${CMAKE_SOURCE_DIR}/cmake/embed_text.cmake
+    DEPENDS ${_template} ${CMAKE_SOURCE_DIR}/cmake/embed_text.cmake
+    VERBATIM)
+add_custom_target(dsv4-chat-template DEPENDS ${_template_cpp})
+target_sources(llama PRIVATE ${_template_cpp})
+set_source_files_properties(${_template_cpp}
+    TARGET_DIRECTORY llama PROPERTIES GENERATED ON SKIP_UNITY_BUILD_INCLUSION ON)
+add_dependencies(llama dsv4-chat-template)

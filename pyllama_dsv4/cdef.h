@@ -10,6 +10,8 @@ struct llama_model_tensor_buft_override;
 struct llama_sampler;
 struct llama_sampler_seq_config;
 struct llama_vocab;
+struct pyl_chat;
+struct pyl_chat_parser;
 enum ggml_type
 {
   GGML_TYPE_F32 = ...,
@@ -267,6 +269,13 @@ struct llama_sampler *llama_sampler_init_typical(float p, size_t min_keep);
 struct llama_sampler *llama_sampler_init_temp(float t);
 struct llama_sampler *llama_sampler_init_penalties(int32_t n_vocab, int32_t penalty_last_n, float penalty_repeat, float penalty_freq, float penalty_present);
 const char *llama_print_system_info(void);
+struct pyl_chat *pyl_chat_init(const struct llama_model *model, const char *template_text);
+void pyl_chat_free(struct pyl_chat *chat);
+int32_t pyl_chat_format(const struct pyl_chat *chat, const char *request, char **out);
+struct pyl_chat_parser *pyl_chat_parser_init(const char *state);
+void pyl_chat_parser_free(struct pyl_chat_parser *parser);
+int32_t pyl_chat_parser_push(struct pyl_chat_parser *parser, const char *text, int32_t n_bytes, bool is_final, char **out);
+void pyl_string_free(char *text);
 enum pyl_status
 {
   PYL_OK = ...,
@@ -291,6 +300,7 @@ void pyl_log_init(void);
 int32_t pyl_log_next(char *buf, int32_t size, int32_t *level);
 struct llama_model *pyl_model_load(const char *path, struct llama_model_params params, struct pyl_monitor *monitor);
 struct llama_context *pyl_context_init(struct llama_model *model, struct llama_context_params params, struct pyl_monitor *monitor);
+int32_t pyl_check_file(const char *path, char **verdict);
 enum pyl_outputs
 {
   PYL_OUTPUTS_NONE = ...,

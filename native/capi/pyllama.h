@@ -2,11 +2,12 @@
 //
 // Owns: everything of llama.h that may throw or abort, wrapped so that no C++ exception leaves this library; the log
 // ring; cancellation. Leaves to llama.h: plain getters and sampler constructors, which Python calls directly.
-// Chat formatting and parsing are in chat.h. Parsed by pycparser: plain C, no macros in declarations.
+// Chat formatting and parsing are in pyl-chat.h. Parsed by pycparser: plain C, no macros in declarations.
 
 #pragma once
 
 #include "llama.h"
+#include "pyl-chat.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -55,6 +56,10 @@ struct llama_model * pyl_model_load(const char * path, struct llama_model_params
 // The monitor must outlive the context: its cancel flag is polled while a graph is computed.
 struct llama_context * pyl_context_init(
         struct llama_model * model, struct llama_context_params params, struct pyl_monitor * monitor);
+
+// What a load would say of the file. On PYL_OK *verdict is JSON, to be freed with pyl_string_free:
+// {"ok": true, "dialect": ..., "derived": {...}}, or {"ok": false, "kind", "tensor", "key", "message"}.
+int32_t pyl_check_file(const char * path, char ** verdict);
 
 enum pyl_outputs {
     PYL_OUTPUTS_NONE = 0,
