@@ -212,6 +212,22 @@ def test_range_edges_are_inside(path: Path) -> None:
     check_header(model.write(path))
 
 
+def test_one_expert_forms_no_group(path: Path) -> None:
+    model = native_v4(replace(TINY, n_expert=1, n_expert_used=1)).set(P + "expert_group_count", "u32", 0)
+    assert check_header(model.write(path)).hparams is not None
+    model.set(P + "expert_group_count", "u32", 1)
+    assert verdict(model.write(path)) == (FormatError, None, P + "expert_group_count")
+
+
+def test_an_upstream_file_without_rope_scaling_opens_as_ever(path: Path) -> None:
+    model = upstream_v4()
+    model.drop(*(key for key, _, _ in model.keys if ".rope.scaling." in key))
+    report = check_header(model.write(path))
+    assert report.derived_keys == {}
+    assert report.hparams is not None
+    assert (report.hparams.yarn_factor, report.hparams.yarn_n_ctx_orig) == (1.0, TINY.n_ctx_train)
+
+
 def test_none_vocabulary_needs_its_size(path: Path) -> None:
     model = native_v4(n_tokens=None)
     check_header(model.set("tokenizer.ggml.model", "str", "no_vocab").write(path))
@@ -230,6 +246,7 @@ def test_prediction_layers(path: Path) -> None:
     model = native_v4().set(P + "nextn_predict_layers", "u32", 1)
     check_header(model.write(path))  # declared, but not there
     model.tensors.append(Tensor("blk.5.nextn.eh_proj.weight", (512, 256), 30))
+    model.remove("output.weight")  # a later step would name another tensor
     assert verdict(model.write(path)) == (UnsupportedModelError, "blk.5.nextn.eh_proj.weight", None)
 
 
@@ -247,7 +264,7 @@ WO_A = "blk.0.attn_output_a.weight"
         (lambda m: m.change("hc_head_base", dims=(8,)), TensorShapeError, "hc_head_base"),
         (lambda m: m.change(WO_A, dims=(384, 256)), TensorShapeError, WO_A),
         (lambda m: m.change(WO_A, dims=(256, 255)), TensorShapeError, WO_A),
-        (lambda m: m.change(WO_A, dims=(128, 256, 2)), TensorShapeError, WO_A),
+        (lambda m: m.change(WO_A, dims=(64, 1024), kind=30), TensorShapeError, WO_A),  # 8 groups of 4 heads
         (lambda m: m.change("blk.3.attn_compress_ape", dims=(128, 64)), TensorShapeError, "blk.3.attn_compress_ape"),
         (lambda m: m.change("blk.3.attn_compress_ape", dims=(0, 0)), TensorShapeError, "blk.3.attn_compress_ape"),
         (lambda m: m.remove("blk.3.attn_compress_ape"), MissingTensorError, "blk.3.attn_compress_ape"),
@@ -260,7 +277,10 @@ def test_sources_of_derived_keys(
 ) -> None:
     model = native_v4()
     change(model)
-    assert verdict(model.write(path)) == (class_, tensor, None)
+    error = refusal(model.write(path))
+    assert (type(error), error.tensor, error.key) == (class_, tensor, None)
+    if class_ is TensorShapeError:
+        assert "cannot derive" in str(error)
 
 
 def test_a_model_without_hash_or_compressed_layers(path: Path) -> None:
