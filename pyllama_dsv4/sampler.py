@@ -47,22 +47,26 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        checks = (
-            ("temperature", self.temperature, self.temperature >= 0, "0 or more"),
-            ("top_k", self.top_k, self.top_k >= 0, "0 (all) or more"),
-            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0, at most 1"),
-            ("min_p", self.min_p, 0 <= self.min_p <= 1, "0 to 1"),
-            ("typical_p", self.typical_p, 0 < self.typical_p <= 1, "above 0, at most 1"),
-            ("repeat_penalty", self.repeat_penalty, self.repeat_penalty > 0, "above 0"),
-            ("repeat_last_n", self.repeat_last_n, self.repeat_last_n >= -1, "-1 (the context) or more"),
-            ("frequency_penalty", self.frequency_penalty, True, "a number"),
-            ("presence_penalty", self.presence_penalty, True, "a number"),
+        inf = math.inf
+        # name, lowest and highest value, whether the lowest is allowed, words for the message
+        checks: tuple[tuple[str, float, float, bool, str], ...] = (
+            ("temperature", 0, inf, True, "a number, 0 or more"),
+            ("top_k", 0, inf, True, "0 (all) or more"),
+            ("top_p", 0, 1, False, "above 0, at most 1"),
+            ("min_p", 0, 1, True, "0 to 1"),
+            ("typical_p", 0, 1, False, "above 0, at most 1"),
+            ("repeat_penalty", 0, inf, False, "above 0"),
+            ("repeat_last_n", -1, inf, True, "-1 (the context) or more"),
+            ("frequency_penalty", -inf, inf, True, "a number"),
+            ("presence_penalty", -inf, inf, True, "a number"),
         )
-        for name, value, is_good, expected in checks:
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        for name, low, high, is_low_allowed, expected in checks:
+            value = getattr(self, name)
+            is_number = (
+                isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            )
+            if not is_number or not low <= value <= high or (value == low and not is_low_allowed):
                 raise ArgumentError("sampling", key=name, found=repr(value), expected=expected)
-            if not is_good:
-                raise ArgumentError("sampling", key=name, found=value, expected=expected)
         if self.seed is not None and not 0 <= self.seed <= _SEED_MAX:
             raise ArgumentError("sampling", key="seed", found=self.seed, expected=f"0 to {_SEED_MAX}")
 
@@ -87,12 +91,12 @@ class Sampler:
             lib.llama_sampler_chain_add(self._chain, stage)
 
     def _stages(self, p: SamplingParams, n_ctx: int) -> list[Any]:
-        stages = []
+        stages: list[Any] = []
         if p.repeat_penalty != 1 or p.frequency_penalty != 0 or p.presence_penalty != 0:
             last_n = n_ctx if p.repeat_last_n < 0 else p.repeat_last_n
             stages.append(
                 lib.llama_sampler_init_penalties(
-                    last_n, p.repeat_penalty, p.frequency_penalty, p.presence_penalty
+                    self._n_vocab, last_n, p.repeat_penalty, p.frequency_penalty, p.presence_penalty
                 )
             )
         if p.temperature == 0:

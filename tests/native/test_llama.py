@@ -22,16 +22,17 @@ def llm(tiny_model: Path) -> Iterator[Llama]:
         yield llm
 
 
-def test_logits_of_all_positions_equal_those_of_single_steps(llm: Llama) -> None:
-    rows = llm.eval(IDS[:140], logits="all")
-    assert rows.shape == (140, 320)
-    assert rows.dtype == np.float32
-    llm.reset()
-    for n, token in enumerate(IDS[:140]):
-        llm.eval([token])
-        # rounding differs with the batch's shape; a wrong position or row is off by the logits' RMS of 4
-        assert np.median(np.abs(llm.logits - rows[n])) < 0.5
-    assert llm.n_tokens == 140
+def test_logits_of_all_positions_equal_those_of_single_steps(tiny_upstream: Path) -> None:
+    # F32 weights and cache: with rounded inputs of the products a batch and a single token differ by rounding flips
+    with Llama(tiny_upstream, n_ctx=512, n_threads=1, cache_type="f32", warmup=False) as llm:
+        rows = llm.eval(IDS[:140], logits="all")
+        assert rows.shape == (140, 320)
+        assert rows.dtype == np.float32
+        llm.reset()
+        for n, token in enumerate(IDS[:140]):
+            llm.eval([token])
+            assert np.abs(llm.logits - rows[n]).max() < 0.1  # of logits of RMS 4
+        assert llm.n_tokens == 140
 
 
 def test_logits_are_a_read_only_array_that_outlives_the_next_call(llm: Llama) -> None:
