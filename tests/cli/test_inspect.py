@@ -125,6 +125,7 @@ def test_json_of_an_upstream_file(path: Path) -> None:
     assert info["chat_template"] == {"is_present": True, "n_chars": 26, "is_v4": True, "is_replaced": False}
     native = native_v4().set("tokenizer.chat_template", "str", template)
     assert json_of(native.write(path))["chat_template"]["is_replaced"] is False
+    assert json_of(upstream_v4().write(path))["chat_template"]["is_replaced"] is False
 
 
 def test_json_of_another_model(path: Path) -> None:
@@ -145,6 +146,12 @@ def test_json_of_another_model(path: Path) -> None:
     )
     assert (info["file_type_name"], info["type_42"]["verdicts"]) == ("MOSTLY_Q2_0", {"Q2_0": 1})
     assert info["vocabulary"] == {"model": None, "pre": None, "n_tokens": None}
+    model.tensors.append(Tensor("b.weight", (1024, 8), 42))
+    model.tensors.append(Tensor("c", (1,), 0))
+    model.set("general.name", "u32", 5)
+    info = json_of(model.write(path, cut=28))  # no padding at the end
+    assert (info["file_type_name"], info["name"], info["n_trailing_bytes"]) == (None, None, 0)
+    assert info["type_42"]["verdicts"] == {"Q2_0": 1, "F8_E4M3_B128": 1}
 
 
 def test_tables_of_a_native_file(path: Path) -> None:
@@ -165,6 +172,11 @@ def test_tables_of_a_native_file(path: Path) -> None:
         r"  layers +6: 2 of ratio 0, 2 of ratio 4, 2 of ratio 128; 3 route by token",
     ):
         assert re.search(f"^{line}$", text, re.MULTILINE), line
+    heading, *rows = re.findall(r"^  (?:type|MXFP4|F32|total) .*", text, re.MULTILINE)
+    assert len(rows) == 3
+    for column in ("parameters", "bytes"):  # numbers end where their heading does
+        end = heading.index(column) + len(column)
+        assert all(row[end - 1].isdigit() and not row[end : end + 1].strip() for row in rows)
     assert "\x1b" not in text
     assert not any(line != line.rstrip() for line in text.splitlines())
 
@@ -177,6 +189,7 @@ def test_tables_of_other_files(path: Path) -> None:
     assert "upstream" in text
     assert "behind the last tensor" in text
     assert "Keys that the file lacks" not in text
+    assert "6: 2 of ratio 0, 2 of ratio 4, 2 of ratio 128" in text  # the file's seventh ratio is no layer's
 
 
 @pytest.mark.parametrize(
@@ -207,6 +220,9 @@ def test_tensor_lines(path: Path) -> None:
     )
     assert tensor["upstream_name"] == "blk.2.attn_compressor_kv.weight"
     assert (tensor["shard"], tensor["n_bytes"]) == (0, 131072)
+    in_header = check_header(path).header.tensor("blk.2.attn_compress_kv.weight")
+    assert in_header is not None
+    assert tensor["offset"] == in_header.start
     assert re.search(
         rf"^  blk\.2\.attn_compress_kv\.weight  256 x 256  BF16  {tensor['offset']:,}  131,072$",
         run(model, "--tensors", "blk.2.attn_compress_kv"),
