@@ -11,6 +11,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -193,30 +194,43 @@ def run_cancellable(work: Callable[[], T], monitor: Any, on_poll: Callable[[], b
         return work()
     outcome: list[T] = []
     failure: list[BaseException] = []
+    go, done = threading.Event(), threading.Event()
 
     def run() -> None:
+        go.wait()
         try:
             outcome.append(work())
         except BaseException as error:
             failure.append(error)
+        finally:
+            done.set()
 
-    worker = threading.Thread(target=run, name="pyllama-dsv4", daemon=True)
-    worker.start()
+    # An interrupt in start() leaves a thread that waits for `go`, never an engine at work unattended. Events and not
+    # join(): before Python 3.13 an exception in join() marks the running thread as ended.
+    threading.Thread(target=run, name="pyllama-dsv4", daemon=True).start()
     try:
-        while worker.is_alive():
-            worker.join(POLL_S)
-            if on_poll is not None and worker.is_alive() and not on_poll():
+        go.set()
+        while not done.wait(POLL_S):
+            if on_poll is not None and not on_poll():
                 monitor.cancel = 1
                 on_poll = None
     except BaseException:
         monitor.cancel = 1
-        worker.join()
+        go.set()
+        _wait(done)
         raise
     finally:
         monitor.cancel = 0
     if failure:
         raise failure[0]
     return outcome[0]
+
+
+def _wait(done: threading.Event) -> None:
+    """Wait, whatever Ctrl-C says in the meantime."""
+    while not done.is_set():
+        with suppress(KeyboardInterrupt):
+            done.wait()
 
 
 _handshake()
