@@ -87,7 +87,8 @@ class Stats:
 
     @property
     def decode_tokens_per_s(self) -> float:
-        return self.n_tokens_generated / self.decode_s if self.decode_s else 0.0
+        # the first token comes of the prompt's logits
+        return max(self.n_tokens_generated - 1, 0) / self.decode_s if self.decode_s else 0.0
 
 
 def _sampling_defaults(metadata: Mapping[str, Any]) -> dict[str, Any]:

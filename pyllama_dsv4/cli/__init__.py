@@ -109,6 +109,8 @@ def main(args: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except BrokenPipeError:
         return _leave_broken_pipe()
+    except KeyboardInterrupt:
+        return ExitCode.INTERRUPTED
     except Exception as error:
         code = _report(error)
     return code
@@ -142,7 +144,7 @@ def _report(error: Exception) -> ExitCode:
     """Print an error for people, and return its exit code."""
     import logging
 
-    from pyllama_dsv4.errors import PyllamaError
+    from pyllama_dsv4.errors import ContextFullError, MemoryLimitError, PyllamaError
 
     from .terminal import Ui
 
@@ -150,6 +152,8 @@ def _report(error: Exception) -> ExitCode:
     is_verbose = logging.getLogger("pyllama_dsv4").isEnabledFor(logging.DEBUG)
     if isinstance(error, (PyllamaError, ImportError)):
         ui.error(str(error))
+        if isinstance(error, (ContextFullError, MemoryLimitError)):
+            ui.say("The option -c sets n_ctx.")
     elif isinstance(error, OSError):
         place = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
         ui.error(f"{place}{error.strerror or error}")

@@ -279,15 +279,16 @@ class _Chat:
         try:
             self._generate(messages, answer)
         except ContextFullError as error:
-            self._fail(f"{error} /reset starts a new conversation.")
+            self._fail(
+                f"the conversation does not fit: {error.found}, {error.expected}. The message is taken back."
+                " /reset starts a new conversation; a larger -c gives it more room."
+            )
             return None
         except PyllamaError as error:
             self._fail(str(error))
             return None
         except KeyboardInterrupt:
             answer.finish = "interrupted"
-        finally:
-            self.writer.end_line()
         stats = self.llm.stats
         if stats is not before:
             self._totals.n_answers += 1
@@ -330,8 +331,8 @@ class _Chat:
             max_tokens=settings.max_tokens,
             **settings.sampling,
         )
-        shown = _Shown(self.writer, self.ui, is_thinking_shown=settings.is_thinking_shown)
         with (
+            closing(_Shown(self.writer, self.ui, is_thinking_shown=settings.is_thinking_shown)) as shown,
             self.ui.waiting("thinking" if settings.is_thinking else "reading the message") as waiting,
             _Interrupts(is_heard=lambda: llm.stats is not before) as interrupts,
             closing(chunks),  # type: ignore[type-var]  # it is a generator
@@ -475,3 +476,8 @@ class _Shown:
                 self._thoughts.end_line()
                 self._thoughts.write("\n")
             self._writer.write(content)
+
+    def close(self) -> None:
+        """End the last line."""
+        self._thoughts.end_line()
+        self._writer.end_line()

@@ -333,7 +333,11 @@ def stats_line(stats: Stats, n_tokens: int, n_ctx: int) -> str:
     """Return the counts of a prompt and its answer, and how full the context is, in one line."""
     cached = f" ({stats.n_tokens_cached:,} cached)" if stats.n_tokens_cached else ""
     return (
-        f"prompt {stats.n_tokens_prompt:,}{cached}, {stats.prefill_tokens_per_s:.1f} t/s"
-        f" | answer {stats.n_tokens_generated:,}, {stats.decode_tokens_per_s:.1f} t/s"
+        f"prompt {stats.n_tokens_prompt:,}{cached}{_speed(stats.prefill_tokens_per_s)}"
+        f" | answer {stats.n_tokens_generated:,}{_speed(stats.decode_tokens_per_s)}"
         f" | context {n_tokens:,} of {n_ctx:,}"
     )
+
+
+def _speed(tokens_per_s: float) -> str:
+    return f", {tokens_per_s:.1f} t/s" if tokens_per_s else ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -46,6 +47,16 @@ def use_color(mode: str, stream: TextIO) -> bool:
     if mode != "auto":
         return mode == "always"
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def _folded(text: str, stream: TextIO) -> str:
+    """Return text broken between words, line by line, to the width of the terminal that `stream` is."""
+    try:
+        width = os.get_terminal_size(stream.fileno()).columns
+    except OSError:  # not a terminal
+        return text
+    wrap = textwrap.TextWrapper(max(width, 20), break_long_words=False, break_on_hyphens=False)
+    return "\n".join("\n".join(wrap.wrap(line)) for line in text.split("\n"))
 
 
 class AnswerWriter:
@@ -99,7 +110,7 @@ class Ui:
 
     def _write(self, text: str, style: str = "") -> None:
         sys.stdout.flush()  # stdout and stderr may be the same terminal: keep their order
-        text = clean(text)
+        text = _folded(clean(text), self._stream)
         self._stream.write(f"{style}{text}{_RESET}\n" if style and self.is_color else f"{text}\n")
         self._stream.flush()
 
