@@ -169,11 +169,14 @@ static void test_encode_rows() {
     std::vector<uint8_t> got(BYTES + 8), codec(BYTES);
 
     for (int iter = 0; iter < 4000; iter++) {
-        // any bit pattern; in later rounds of one magnitude, so that most codes are not 0
+        // any bit pattern; then rows of one magnitude, so that most codes are not 0; then sixteenths, many of them ties
         for (float & v : x) {
-            v = float_of((uint32_t) rng());
-            if (iter >= 1000) {
+            if (iter < 1000) {
+                v = float_of((uint32_t) rng());
+            } else if (iter < 3000) {
                 v = (float) ldexp(((int) (rng() % 20001) - 10000)/10000.0, (int) (iter % 250) - 125);
+            } else {
+                v = (float) ldexp((int) (rng() % 14337) - 7168, (int) (iter % 100) - 50);
             }
         }
         uint8_t * p = got.data() + iter % 8;
@@ -232,6 +235,8 @@ static void test_chunks() {
             i == 0 ? nullptr : imatrix.data());
     }
     CHECK(whole == parts, "chunks differ from whole rows");
+    const size_t n_bytes = dsv4_f8_e4m3_b128_quantize(x.data(), parts.data(), nrows, n_per_row, imatrix.data());
+    CHECK(n_bytes == whole.size() && whole == parts, "%zu bytes for all rows at once", n_bytes);
 }
 
 static void test_validate() {

@@ -294,6 +294,73 @@ static void test_hostile_shapes() {
     open_buffer(f);
 }
 
+struct entry {
+    int64_t  n;      // 0: another type
+    uint64_t offset;
+};
+
+static std::vector<dsv4_type42> decide(const std::vector<entry> & entries, uint64_t alignment, uint64_t n_data_bytes,
+        std::vector<dsv4_type42_tensor> * full = nullptr) {
+    std::vector<dsv4_type42_tensor> list(entries.size());
+    for (size_t i = 0; i < list.size(); i++) {
+        list[i].is_42  = entries[i].n > 0;
+        list[i].n      = entries[i].n > 0 ? entries[i].n : 1;
+        list[i].ne0    = entries[i].n > 0 ? 128 : 1;
+        list[i].offset = entries[i].offset;
+    }
+    dsv4_type42_decide(list, alignment, n_data_bytes);
+    std::vector<dsv4_type42> verdicts;
+    for (const dsv4_type42_tensor & t : list) {
+        verdicts.push_back(t.verdict);
+    }
+    if (full) {
+        *full = list;
+    }
+    return verdicts;
+}
+
+// the rule itself, with distances that no well-formed file has
+static void test_decide() {
+    typedef std::vector<dsv4_type42> verdicts;
+    const dsv4_type42 NONE = DSV4_TYPE42_NONE, V_F8 = DSV4_TYPE42_F8, V_Q2 = DSV4_TYPE42_Q2_0, V_PRISM = DSV4_TYPE42_PRISM;
+    const int64_t n = 128*1000;
+
+    // a claimant fits up to one byte less than one alignment beyond its size
+    for (int i : { 0, 1, 2 }) {
+        const uint64_t size = 1000*(i == 0 ? F8 : i == 1 ? Q2_0 : PRISM);
+        const dsv4_type42 want = i == 0 ? V_F8 : i == 1 ? V_Q2 : V_PRISM;
+        CHECK(decide({ { n, 0 }, { 0, size      } }, 32, 1000000)[0] == want, "exact, claimant %d", i);
+        CHECK(decide({ { n, 0 }, { 0, size + 31 } }, 32, 1000000)[0] == want, "padded, claimant %d", i);
+        CHECK(decide({ { n, 0 }, { 0, size + 32 } }, 32, 1000000)[0] == NONE, "too far, claimant %d", i);
+        CHECK(decide({ { n, 0 }, { 0, size - 1  } }, 32, 1000000)[0] == NONE, "too near, claimant %d", i);
+    }
+
+    // the order is that of the offsets
+    CHECK((decide({ { n, 129000 }, { n, 0 }, { 0, 165000 } }, 32, 165004) == verdicts { V_Q2, V_F8, NONE }), "out of order");
+
+    // 34 and 36 both fit one block: stock, unless another tensor can only be PrismML's, wherever it stands
+    CHECK((decide({ { 128, 0 }, { 0, 64 } }, 32, 68) == verdicts { V_Q2, NONE }), "one block alone");
+    CHECK((decide({ { 128, 0 }, { n, 64 }, { 0, 34064 } }, 32, 34068) == verdicts { V_PRISM, V_PRISM, NONE }), "beside PrismML's");
+    CHECK((decide({ { 128, 0 }, { n, 64 } }, 32, 34064) == verdicts { V_PRISM, V_PRISM }), "PrismML's is the last");
+    CHECK((decide({ { 128, 0 }, { n, 64 }, { 0, 129064 } }, 32, 129068) == verdicts { V_Q2, V_F8, NONE }), "beside FP8");
+
+    // all three fit one block at alignment 256: the common verdict of the others, if they agree
+    CHECK((decide({ { 128, 0 }, { 0, 256 } }, 256, 260) == verdicts { NONE, NONE }), "nothing decides");
+    CHECK((decide({ { 128, 0 }, { n, 256 }, { 0, 129256 } }, 256, 129260) == verdicts { V_F8, V_F8, NONE }), "FP8 decides");
+    CHECK((decide({ { 128, 0 }, { n, 256 }, { n, 129256 }, { 0, 165256 } }, 256, 165260) == verdicts { NONE, V_F8, V_Q2, NONE }), "F8, Q2_0");
+    CHECK((decide({ { 128, 0 }, { n, 256 }, { n, 36256 }, { 0, 165256 } }, 256, 165260) == verdicts { NONE, V_Q2, V_F8, NONE }), "Q2_0, F8");
+    // 290 bytes: too many for 34, enough for 36 and 129; a verdict that does not fit is not borrowed
+    CHECK((decide({ { 128, 0 }, { n, 290 }, { 0, 34290 } }, 256, 34294) == verdicts { NONE, V_PRISM, NONE }), "PrismML's does not fit");
+
+    // the last tensor borrows when its window says nothing, also if the others stand behind each other
+    CHECK((decide({ { n, 0 }, { n, 129000 } }, 32, 129000) == verdicts { V_F8, V_F8 }), "no data for the last");
+    CHECK((decide({ { n, 0 }, { n, 36000 }, { n, 165000 } }, 32, 165000) == verdicts { V_Q2, V_F8, NONE }), "the others disagree");
+    std::vector<dsv4_type42_tensor> full;
+    CHECK((decide({ { n, 0 }, { n, 129000 } }, 32, 1000, &full) == verdicts { V_F8, V_F8 }), "the file ends before the last tensor");
+    CHECK(full[1].avail == 0 && full[1].is_last && !full[0].is_last && full[0].avail == 129000, "avail %llu", (unsigned long long) full[1].avail);
+    CHECK(decide({}, 32, 0).empty(), "no tensors");
+}
+
 struct callback_data {
     const std::vector<uint8_t> * data;
 };
@@ -442,6 +509,7 @@ int main() {
     test_last();
     test_ids();
     test_refused();
+    test_decide();
     test_large_alignment();
     test_names();
     test_hostile_shapes();
