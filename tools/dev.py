@@ -171,6 +171,10 @@ def test(args: list[str]) -> int:
 
 
 def main() -> int:
+    # One name for the compiler in every build: it is part of ccache's key.
+    for variable, name in (("CC", "cc"), ("CXX", "c++")):
+        if shutil.which(name):
+            os.environ.setdefault(variable, name)
     os.environ["PATH"] = f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}"
     goal, *args = sys.argv[1:] or ["help"]
     if goal not in EXTRAS:
