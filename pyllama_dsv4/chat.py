@@ -138,7 +138,7 @@ class ChatRequest:
                 raise _argument_error("reasoning_effort", reasoning_effort, "None, 'high' or 'max'")
             if not thinking:
                 raise ArgumentError(
-                    "reasoning_effort contradicts thinking=False",
+                    "'reasoning_effort' contradicts thinking=False",
                     key="reasoning_effort",
                     found=repr(reasoning_effort),
                     hint="Pass thinking=True as well, or leave reasoning_effort out",
@@ -148,7 +148,7 @@ class ChatRequest:
             raise _argument_error("tool_choice", tool_choice, "'auto', 'required' or 'none'")
         if tool_choice == "required" and not checked_tools:
             raise ArgumentError(
-                "tool_choice='required' needs tools",
+                "'tool_choice' asks for a call, and there is nothing to call",
                 key="tool_choice",
                 found="no tools",
                 expected="at least one tool",
@@ -159,7 +159,7 @@ class ChatRequest:
             json_schema = _json_value(json_schema, "json_schema")
             if checked_tools:
                 raise ArgumentError(
-                    "json_schema contradicts tools: an answer is either JSON or may call tools",
+                    "'json_schema' contradicts tools: an answer is either JSON or may call tools",
                     key="json_schema",
                     hint="Leave one of the two out",
                 )
@@ -195,7 +195,7 @@ class ChatRequest:
 def _chat_error(key: str, found: str, expected: str, hint: str | None = None) -> ChatError:
     what = "tools" if key.startswith("tools") else "the JSON schema" if key == "json_schema" else "messages"
     return ChatError(
-        f"cannot make a prompt of {what}: {key} is not usable",
+        f"cannot make a prompt of {what}: '{key}' is not usable",
         key=key,
         found=found,
         expected=expected,
@@ -205,7 +205,7 @@ def _chat_error(key: str, found: str, expected: str, hint: str | None = None) ->
 
 def _argument_error(key: str, found: object, expected: str) -> ArgumentError:
     return ArgumentError(
-        f"{key} has a value outside its range", key=key, found=repr(found), expected=expected
+        f"'{key}' has a value outside its range", key=key, found=repr(found), expected=expected
     )
 
 

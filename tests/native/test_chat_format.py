@@ -51,7 +51,7 @@ def write_vocabulary(path: Path, types: str, **keys: Any) -> Path:
         path: The file.
         types: ``"looks"``: added tokens in angle brackets are control tokens, as converters write them;
             ``"flags"``: only those the tokenizer flags as special, so that even <｜User｜> is user-defined.
-        keys: ``template`` (None: none) and ``add_bos``.
+        keys: ``template`` (None: none), ``add_bos``, and ``renamed``, from ids to other texts.
     """
     source = json.loads(TOKENIZER_JSON.read_text(encoding="utf-8"))
     texts = [f"[PAD{i}]" for i in range(N_VOCAB)]
@@ -64,6 +64,8 @@ def write_vocabulary(path: Path, types: str, **keys: Any) -> Path:
         is_control = token["special"] or looks_special
         texts[token["id"]] = text
         kinds[token["id"]] = gguf.TokenType.CONTROL if is_control else gguf.TokenType.USER_DEFINED
+    for i, text in keys.get("renamed", {}).items():
+        texts[i] = text
     writer = gguf.GGUFWriter(path, "llama")  # any architecture: only the vocabulary is loaded
     writer.add_context_length(4096)
     writer.add_embedding_length(64)
@@ -450,6 +452,13 @@ def test_pieces_of_split_text_stay_text(model: Any) -> None:
     assert [i for i in tokens if i >= 128000] == [THINK_END_ID]
 
 
+def test_the_longest_named_token_is_taken(tmp_path: Path) -> None:
+    """As in the reference tokeniser; V4's own vocabulary has none that begins with another."""
+    path = write_vocabulary(tmp_path / "v.gguf", "looks", renamed={3: "<think><think>", 4: "<think>!"})
+    engine = ChatEngine(load_vocabulary(path), "<think><think><think>!<think>{{ messages[0]['content'] }}")
+    assert format_chat(engine, user("!")).tokens[:-1] == [3, 4, THINK_ID]
+
+
 def test_joined_text_stays_text(model: Any) -> None:
     engine = ChatEngine(model, "{{ messages | map(attribute='content') | join('<｜User｜>') }}</think>")
     tokens = format_chat(engine, [*user("<think>"), *user("｜DSML｜")]).tokens
@@ -691,9 +700,9 @@ def test_a_long_answer_takes_linear_time(engine: ChatEngine) -> None:
         times = []
         for part in (words[:half], words[half:]):
             start = time.process_time()
-            for word in part:
-                reader.feed(word)
+            deltas = [reader.feed(word) for word in part]
             times.append(time.process_time() - start)
+            assert sum(map(bool, deltas)) > 0.8 * len(deltas)  # and it comes word by word
         _, message, _, _ = reader.finish("length")
         assert message["reasoning_content" if thinking else "content"] == "".join(words)
         assert times[1] < 2 * times[0] + 0.2

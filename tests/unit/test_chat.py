@@ -89,6 +89,8 @@ def test_results_without_an_id_answer_calls_without_an_id() -> None:
     ("messages", "key"),
     [
         ("hi", "messages"),
+        (5, "messages"),
+        (USER, "messages"),
         (None, "messages"),
         ([], "messages"),
         (["hi"], "messages[0]"),
@@ -108,6 +110,7 @@ def test_results_without_an_id_answer_calls_without_an_id() -> None:
         ([{"role": "assistant", "content": None}], "messages[0].content"),
         ([{"role": "assistant", "content": "", "reasoning_content": 1}], "messages[0].reasoning_content"),
         ([{"role": "assistant", "content": "", "tool_calls": "add"}], "messages[0].tool_calls"),
+        ([{"role": "assistant", "content": "", "tool_calls": call()}], "messages[0].tool_calls"),
         ([asks("add")], "messages[0].tool_calls[0]"),  # type: ignore[arg-type]
         ([asks({"type": "custom"})], "messages[0].tool_calls[0].type"),
         ([asks({"type": "function"})], "messages[0].tool_calls[0].function"),
@@ -144,6 +147,23 @@ def test_refused_messages_are_named_by_their_place(messages: Any, key: str) -> N
     assert caught.value.expected is not None
 
 
+def test_a_refusal_in_full() -> None:
+    with pytest.raises(ChatError) as caught:
+        ChatRequest.create([USER, {"role": "user", "content": None}])
+    assert str(caught.value) == (
+        "cannot make a prompt of messages: 'messages[1].content' is not usable;"
+        " found None, expected text or a list of text parts"
+    )
+    with pytest.raises(
+        ChatError, match=r"^cannot make a prompt of tools: 'tools\[0\]' is not usable; found str"
+    ):
+        ChatRequest.create([USER], tools=["add"])  # type: ignore[list-item]
+    with pytest.raises(
+        ChatError, match=r"^cannot make a prompt of the JSON schema: 'json_schema' is not usable"
+    ):
+        ChatRequest.create([USER], json_schema=3)  # type: ignore[arg-type]
+
+
 # --- tools ---
 
 
@@ -155,6 +175,7 @@ def function(**members: Any) -> list[dict[str, Any]]:
     ("tools", "key"),
     [
         ("add", "tools"),
+        (TOOL, "tools"),
         (["add"], "tools[0]"),
         ([{"function": {"name": "add"}}], "tools[0].type"),
         ([{"type": "function"}], "tools[0].function"),
@@ -209,6 +230,12 @@ def test_refused_options_are_named(options: dict[str, Any], key: str) -> None:
     with pytest.raises(ArgumentError) as caught:
         ChatRequest.create([USER], **options)
     assert caught.value.key == key
+
+
+def test_a_call_can_be_required() -> None:
+    request = ChatRequest.create([USER], tools=[TOOL], tool_choice="required", parallel_tool_calls=False)
+    body = json.loads(request.to_json())
+    assert (body["tool_choice"], body["parallel_tool_calls"]) == ("required", False)
 
 
 def test_a_schema_that_is_not_one_is_refused() -> None:
@@ -291,6 +318,19 @@ def test_plain_answer() -> None:
     )
     assert script.seen == [("a", False), ("b", False), ("", True)]
     assert reader.raw == "ab"
+
+
+def test_content_beside_calls_stays() -> None:
+    calls = [{"name": "f", "arguments": "{}"}]
+    reader = AnswerReader(
+        Script({"tool_calls": [{"index": 0, **calls[0]}]}, {}, content="a", tool_calls=calls)
+    )
+    reader.feed("x")
+    assert reader.finish("stop")[1]["content"] == "a"
+
+
+def test_an_answer_without_calls_just_stops() -> None:
+    assert AnswerReader(Script({}, content="a")).finish("stop")[2:] == ("stop", True)
 
 
 def test_calls_are_numbered_and_named_once() -> None:
