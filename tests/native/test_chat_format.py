@@ -454,9 +454,12 @@ def test_pieces_of_split_text_stay_text(model: Any) -> None:
 
 def test_the_longest_named_token_is_taken(tmp_path: Path) -> None:
     """As in the reference tokeniser; V4's own vocabulary has none that begins with another."""
-    path = write_vocabulary(tmp_path / "v.gguf", "looks", renamed={3: "<think><think>", 4: "<think>!"})
+    long, longer = 128847, 128848  # place holders, control tokens
+    path = write_vocabulary(
+        tmp_path / "v.gguf", "looks", renamed={long: "<think>!", longer: "<think><think>"}
+    )
     engine = ChatEngine(load_vocabulary(path), "<think><think><think>!<think>{{ messages[0]['content'] }}")
-    assert format_chat(engine, user("!")).tokens[:-1] == [3, 4, THINK_ID]
+    assert format_chat(engine, user("!")).tokens[:-1] == [longer, long, THINK_ID]
 
 
 def test_joined_text_stays_text(model: Any) -> None:

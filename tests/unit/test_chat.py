@@ -39,9 +39,10 @@ def test_text_and_lists_of_text_parts_become_text() -> None:
             {"role": "system", "content": ["a", {"type": "text", "text": "b"}]},
             {"role": "user", "content": []},
             {"role": "assistant", "content": ""},
+            {"role": "assistant", "content": None, "reasoning_content": "r"},
         ]
     )
-    assert [m["content"] for m in request.messages] == ["a\n\nb", "", ""]
+    assert [m["content"] for m in request.messages] == ["a\n\nb", "", "", ""]
 
 
 def test_an_answer_of_ours_can_be_put_back() -> None:
@@ -116,6 +117,7 @@ def test_results_without_an_id_answer_calls_without_an_id() -> None:
         ([asks({"type": "function"})], "messages[0].tool_calls[0].function"),
         ([asks(call(name=""))], "messages[0].tool_calls[0].function.name"),
         ([asks(call(name='a"b'))], "messages[0].tool_calls[0].function.name"),
+        ([asks(call(name="a\x07"))], "messages[0].tool_calls[0].function.name"),
         ([asks(call(arguments="[1]"))], "messages[0].tool_calls[0].function.arguments"),
         ([asks(call(arguments='{"a":'))], "messages[0].tool_calls[0].function.arguments"),
         ([asks(call(arguments="[" * 100_000))], "messages[0].tool_calls[0].function.arguments"),
@@ -162,6 +164,21 @@ def test_a_refusal_in_full() -> None:
         ChatError, match=r"^cannot make a prompt of the JSON schema: 'json_schema' is not usable"
     ):
         ChatRequest.create([USER], json_schema=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("calls", "call_id", "expected"),
+    [
+        ([], None, "an assistant message with tool_calls before it"),
+        ([call(id="x")], None, "the id of a call in the assistant message before"),
+        ([call(id="x"), call(id="y")], "z", r"\('x', 'y'\)"),
+        ([call()], "z", "no calls with an id"),
+    ],
+)
+def test_a_result_without_its_call_says_what_calls_there_are(calls: Any, call_id: Any, expected: str) -> None:
+    before = [asks(*calls)] if calls else [USER]
+    with pytest.raises(ChatError, match=expected):
+        ChatRequest.create([*before, {"role": "tool", "content": "1", "tool_call_id": call_id}])
 
 
 # --- tools ---
