@@ -524,6 +524,27 @@ def test_a_malformed_request_is_a_status(model: Any, request_text: str, reason: 
     assert reason in ffi.string(lib.pyl_last_error()).decode()
 
 
+def test_optional_members_of_a_request(model: Any) -> None:
+    pointer = ffi.gc(lib.pyl_chat_init(model.pointer, ffi.NULL), lib.pyl_chat_free)
+    request = {
+        "messages": user("x"),
+        "add_generation_prompt": True,
+        "thinking": False,
+        "tools": [WEATHER, PING],
+    }
+    out = ffi.new("char **")
+    assert lib.pyl_chat_format(pointer, json.dumps(request).encode(), out) == lib.PYL_OK
+    state = json.dumps(json.loads(ffi.string(out[0]))["parser"])
+    lib.pyl_string_free(out[0])
+    parser = ffi.gc(lib.pyl_chat_parser_init(state.encode()), lib.pyl_chat_parser_free)
+    text = CALLS.encode()
+    assert lib.pyl_chat_parser_push(parser, text, len(text), True, out) == lib.PYL_OK
+    answer = json.loads(ffi.string(out[0]))
+    lib.pyl_string_free(out[0])
+    assert answer["complete"]  # several calls in one answer are the default
+    assert [call["index"] for call in answer["deltas"]["tool_calls"] if "name" in call] == [0, 1]
+
+
 @pytest.mark.parametrize(
     "state", ["", "{}", "[]", '{"format": 2, "generation_prompt": "", "is_text": true, "parser": "x"}']
 )
