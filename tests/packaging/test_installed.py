@@ -70,7 +70,13 @@ def test_looking_at_files_loads_no_engine() -> None:
 
 
 def test_the_engine_is_silent() -> None:
-    code = "from pyllama_dsv4 import Llama, errors\ntry:\n    Llama('nothing.gguf')\nexcept errors.ModelNotFoundError:\n    pass\n"
+    code = """
+from pyllama_dsv4 import Llama, errors
+try:
+    Llama("nothing.gguf")
+except errors.ModelNotFoundError:
+    pass
+"""
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == ""
     assert run.stderr == ""
