@@ -50,7 +50,8 @@ def say(text: str) -> None:
 def pin() -> dict[str, Any]:
     """Return vendor/pin.toml as nested dictionaries."""
     with open(ROOT / "vendor" / "pin.toml", "rb") as file:
-        return tomllib.load(file)
+        config: dict[str, Any] = tomllib.load(file)
+    return config
 
 
 def cache_dir() -> Path:

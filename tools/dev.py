@@ -161,13 +161,14 @@ def test(args: list[str]) -> int:
     if args:  # a selection: pytest only
         return subprocess.run([str(BIN / "pytest"), *args], cwd=ROOT, check=False).returncode
     start_s = time.monotonic()
-    code = check() or native_tests()
-    if code == 0:
-        say("pytest: all tests but those that need a GPU, real weights or a network")
-        select = "not gpu and not weights and not network"
-        code = subprocess.run([str(BIN / "pytest"), "-m", select], cwd=ROOT, check=False).returncode
-    say(f"tests {'passed' if code == 0 else 'FAILED'} after {(time.monotonic() - start_s) / 60:.1f} minutes")
-    return code
+    codes = {"checks": check(), "native tests": native_tests()}
+    say("pytest: all tests but those that need a GPU, real weights or a network")
+    select = "not gpu and not weights and not network"
+    codes["pytest"] = subprocess.run([str(BIN / "pytest"), "-m", select], cwd=ROOT, check=False).returncode
+    failed = [name for name, code in codes.items() if code != 0]
+    outcome = f"FAILED: {', '.join(failed)}" if failed else "passed"
+    say(f"{outcome} after {(time.monotonic() - start_s) / 60:.1f} minutes")
+    return 1 if failed else 0
 
 
 def main() -> int:
