@@ -51,7 +51,8 @@ void set_out(char ** out, const json & value) {
 
 json parse_json(const std::string & text, const char * what) {
     if (pyl_json_nesting(text.data(), text.size()) > PYL_N_NESTED_MAX) {
-        throw bad_request(std::string(what) + ": JSON nested deeper than " + std::to_string(PYL_N_NESTED_MAX) + " levels");
+        throw bad_request(
+                std::string(what) + ": JSON nested deeper than " + std::to_string(PYL_N_NESTED_MAX) + " levels");
     }
     try {
         return json::parse(text);
