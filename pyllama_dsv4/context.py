@@ -64,6 +64,9 @@ class Context:
         params.n_threads = params.n_threads_batch = n_threads
         params.type_k = params.type_v = CACHE_TYPES[cache_type]
         params.no_perf = True
+        # Window layers keep their window only. The V4 cache cannot drop a tail anyway, and a full-size one would take
+        # 44 KB a token for Flash and let every token attend over masked cells.
+        params.swa_full = False
         self._monitor = ffi.new("struct pyl_monitor *")
         pointer = lib.pyl_context_init(model.pointer, params, self._monitor)
         check_ptr(

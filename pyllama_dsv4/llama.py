@@ -25,7 +25,7 @@ from ._native import lib, logger
 from .chat import ChatPrompt, ChatRequest
 from .chat_engine import ChatEngine
 from .context import Context
-from .errors import ArgumentError, ClosedError, ContextFullError, ThreadError
+from .errors import ArgumentError, ClosedError, ContextFullError, MemoryLimitError, ThreadError
 from .generate import Piece, stop_list, stream
 from .header import HeaderReport, check_header, read_header
 from .model import Model
@@ -33,7 +33,7 @@ from .options import keyword_names, refuse_unknown
 from .sampler import Sampler, SamplingParams
 from .session import Session
 from .tokenizer import Tokenizer
-from .warmup import Progress, Warmup, working_set_bytes
+from .warmup import Progress, Warmup, available_bytes, working_set_bytes
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["Llama", "SamplingOptions", "Stats"]
 
 N_CTX_DEFAULT = 8192
+CACHE_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}  # per value
 N_REPLAYED_MAX = 256  # answers whose sampled ids are remembered
 
 
@@ -176,6 +177,7 @@ class Llama:
             lib.pyl_knows_architecture((header.architecture or "").encode("utf-8"))
         )
         self._report: HeaderReport = check_header(header, any_architecture=is_other)
+        _check_memory(self._report, n_ctx, cache_type)
         if n_gpu_layers == "auto":
             n_gpu_layers = -1 if lib.llama_supports_gpu_offload() else 0
         self._model = Model(
@@ -772,6 +774,29 @@ class Llama:
 
 
 _SAMPLING_NAMES = tuple(SamplingOptions.__annotations__)
+
+
+def _check_memory(report: HeaderReport, n_ctx: int, cache_type: str) -> None:
+    """Refuse a KV cache that cannot fit: the system would grant it and end the process when it is written to."""
+    hparams, available = report.hparams, available_bytes()
+    if hparams is None or available is None or cache_type not in CACHE_BYTES or n_ctx < 1:
+        return
+    n_values = 0.0  # per token; the window layers' part does not grow
+    for ratio in hparams.compress_ratios[: hparams.n_layer]:
+        if ratio:
+            n_values += hparams.head_dim / ratio
+        if ratio == 4:
+            n_values += hparams.indexer_head_dim / ratio
+    n_bytes = int(n_ctx * n_values * CACHE_BYTES[cache_type])
+    if n_bytes > available:
+        raise MemoryLimitError(
+            f"the KV cache of {n_ctx} tokens does not fit into memory",
+            path=report.header.path,
+            key="n_ctx",
+            found=f"{available / 1e9:.1f} GB available",
+            expected=f"{n_bytes / 1e9:.1f} GB",
+            hint="A smaller n_ctx, or cache_type='q8_0', needs less.",
+        )
 
 
 def _warm_ranges(report: HeaderReport) -> list[tuple[Path, int, int]]:

@@ -204,6 +204,11 @@ def test_cache_types(tiny_model: Path, cache_type: str) -> None:
         assert np.isfinite(llm.logits).all()
 
 
+def test_a_cache_beyond_memory_is_refused_before_it_is_allocated(tiny_model: Path) -> None:
+    with pytest.raises(errors.MemoryLimitError, match="does not fit into memory"):
+        Llama(tiny_model, n_ctx=2**31 - 1, warmup=False)
+
+
 def test_close_is_idempotent_and_use_after_close_is_named(tiny_model: Path) -> None:
     llm = Llama(tiny_model, n_ctx=64, n_threads=1)
     llm.eval([1])
