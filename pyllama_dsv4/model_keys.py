@@ -259,7 +259,8 @@ def _check_guards(k: _Keys, head_dim: int, n_rot: int, n_expert: int) -> None:
     k.u32("attention.value_length_swa", head_dim, head_dim, default=head_dim)
     k.u32("rope.dimension_count_swa", n_rot, n_rot, default=n_rot)
     k.u32("expert_group_count", 0, min(1, n_expert - 1), default=0)
-    k.u32("pooling_type", 0, 0, default=0)
+    if k.u32("pooling_type", default=0) != _UINT32_MAX:  # "unspecified", as upstream's saver writes it
+        k.u32("pooling_type", 0, 0, default=0)
 
 
 def _read_vocabulary(k: _Keys) -> int:

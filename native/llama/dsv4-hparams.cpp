@@ -498,7 +498,9 @@ dsv4_hparams dsv4_read_hparams(const dsv4_header & header, dsv4_derived & derive
         k.u32_or(value, key(name), value, value);
     }
     k.u32_or(0, key("expert_group_count"), 0, std::min<int64_t>(1, hp.n_expert - 1));
-    k.u32_or(0, key("pooling_type"), 0, 0);
+    if (k.u32_or(0, key("pooling_type"), 0) != UINT32_MAX) { // "unspecified", as upstream's saver writes it
+        k.u32_or(0, key("pooling_type"), 0, 0);
+    }
 
     hp.n_vocab = dsv4_read_vocab(header);
     return hp;

@@ -198,6 +198,7 @@ def test_range_edges_are_inside(path: Path) -> None:
         ("attention.compress_ratios", "arr[u32]", [0, 0, 4, 128, 4, 128] + [7] * 506),
         ("hyper_connection.sinkhorn_iterations", "u32", 64),
         ("hyper_connection.epsilon", "f32", 0.0),
+        ("pooling_type", "u32", 2**32 - 1),
         ("attention.layer_norm_rms_epsilon", "f32", 0.0),
         ("rope.scaling.factor", "f32", 0.0),
         ("rope.scaling.type", "str", "none"),
