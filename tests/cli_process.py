@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pexpect
 import pyte
@@ -15,8 +16,14 @@ PROMPT = ">"
 
 
 def command(*args: object) -> list[str]:
-    """Return the command line for arguments of ``pyllama-dsv4``."""
-    return [sys.executable, "-m", "pyllama_dsv4", *map(str, args)]
+    """Return the command line for arguments of ``pyllama-dsv4``.
+
+    The installed script, because ``python -m`` puts the working folder first on the path, and in a source folder that
+    is the package without its compiled modules.
+    """
+    script = Path(sys.executable).with_name("pyllama-dsv4")
+    start = [str(script)] if script.exists() else [sys.executable, "-m", "pyllama_dsv4"]
+    return [*start, *map(str, args)]
 
 
 class Terminal:

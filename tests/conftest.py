@@ -1,1 +1,21 @@
-"""Put this folder on the import path: ``gguf_writer``, ``reference`` and other helpers are modules of it."""
+"""Runs every test in a folder of its own making, and names the helpers that lie in this one.
+
+This folder is on the import path (pyproject.toml): ``gguf_writer``, ``reference`` and other helpers are modules of it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _outside_of_the_sources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Leave the source folder: ``python -c`` puts the working folder first on the path of every child process,
+    and there the package has no compiled modules."""
+    before = os.getcwd()
+    os.chdir(tmp_path_factory.mktemp("cwd"))
+    yield
+    os.chdir(before)
