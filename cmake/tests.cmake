@@ -14,7 +14,7 @@ foreach (_source ${_test_sources})
         ${PYLLAMA_DSV4_NATIVE}/codec ${PYLLAMA_DSV4_NATIVE}/llama
         ${PYLLAMA_DSV4_LLAMA_CPP}/src ${PYLLAMA_DSV4_LLAMA_CPP}/ggml/src)
     add_test(NAME ${_name} COMMAND ${_name})
-    set_tests_properties(${_name} PROPERTIES LABELS own)
+    set_tests_properties(${_name} PROPERTIES LABELS own WORKING_DIRECTORY ${CMAKE_SOURCE_DIR})
     add_dependencies(pyllama_dsv4_tests ${_name})
 endforeach()
 

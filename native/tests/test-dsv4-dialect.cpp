@@ -390,9 +390,9 @@ struct model {
 
 // All names of the published file, from a list that was not made by this code.
 static void test_names() {
-    const fs::path list = fs::path(__FILE__).parent_path()/".."/".."/"tests"/"data"/"flash-tensors.tsv";
+    const char * list = "tests/data/flash-tensors.tsv"; // tests run in the source folder
     std::ifstream file(list);
-    CHECK(file.good(), "cannot read %s", list.string().c_str());
+    CHECK(file.good(), "cannot read %s", list);
 
     std::set<std::string> natives;
     std::set<std::string> upstreams;
