@@ -14,6 +14,7 @@ class _Lib:
     GGML_TYPE_F16: int
     GGML_TYPE_F32: int
     GGML_TYPE_F64: int
+    GGML_TYPE_F8_E4M3_B128: int
     GGML_TYPE_I16: int
     GGML_TYPE_I32: int
     GGML_TYPE_I64: int

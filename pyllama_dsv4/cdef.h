@@ -48,6 +48,7 @@ enum ggml_type
   GGML_TYPE_MXFP4 = ...,
   GGML_TYPE_NVFP4 = ...,
   GGML_TYPE_Q1_0 = ...,
+  GGML_TYPE_F8_E4M3_B128 = ...,
   GGML_TYPE_Q2_0 = ...,
   GGML_TYPE_COUNT = ...
 };

@@ -114,12 +114,7 @@ int main(int argc, char ** argv) {
     if (argc == 3 && strcmp(argv[1], "--record") == 0) {
         return record(argv[2]);
     }
-    // the source's own folder: native/tests
-    std::string folder = __FILE__;
-    folder = folder.substr(0, folder.find_last_of('/')) + "/../../tests/data";
-    if (argc == 2) {
-        folder = argv[1];
-    }
+    const std::string folder = argc == 2 ? argv[1] : "tests/data"; // tests run in the source folder
     const std::string stock = folder + "/stock-q2_0.gguf";
     std::vector<double> want; // (n_tokens, n_vocab)
     std::ifstream file(folder + "/stock-q2_0.logits");
