@@ -297,6 +297,11 @@ def _read_vocabulary(k: _Keys) -> int:
     ):
         if k.has(name) and len(values := k.array(name, *types)) < n_vocab:
             raise k.bad_value(name, f"{len(values)} entries", f"at least {n_vocab}, the tokens")
+    k.text("tokenizer.ggml.pre", default="")
+    for name in ("bos", "eos", "padding"):  # out of range, the engine would take another token instead
+        k.u32(f"tokenizer.ggml.{name}_token_id", 0, n_vocab - 1, default=0)
+    k.boolean("tokenizer.ggml.add_bos_token", default=False)
+    k.boolean("tokenizer.ggml.add_eos_token", default=False)
     return n_vocab
 
 

@@ -288,6 +288,12 @@ int64_t dsv4_read_vocab(const dsv4_header & header) {
             k.refuse_value(name, std::to_string(gguf_get_arr_n(keys, other)) + " entries", "at least " + std::to_string(n));
         }
     }
+    k.str("tokenizer.ggml.pre", false);
+    for (const char * name : { "bos", "eos", "padding" }) { // out of range, upstream would take another token instead
+        k.u32_or(0, std::string("tokenizer.ggml.") + name + "_token_id", 0, n - 1);
+    }
+    k.find("tokenizer.ggml.add_bos_token", GGUF_TYPE_BOOL, false);
+    k.find("tokenizer.ggml.add_eos_token", GGUF_TYPE_BOOL, false);
     return n;
 }
 

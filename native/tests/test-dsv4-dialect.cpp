@@ -692,6 +692,10 @@ static void test_refused_keys() {
     file_spec vocab = native_model({ 0, 4, 128 }, true);
     std::vector<std::string> tokens(N_VOCAB, "same");
     check_refused("equal tokens", vocab.set("tokenizer.ggml.tokens", tokens), "FormatError  tokenizer.ggml.tokens");
+    vocab = native_model({ 0, 4, 128 }, true);
+    check_refused("end of text", vocab.set("tokenizer.ggml.eos_token_id", uint32_t(N_VOCAB)), "FormatError  tokenizer.ggml.eos_token_id");
+    check_refused("flag as a number", vocab.set("tokenizer.ggml.eos_token_id", uint32_t(1)).set("tokenizer.ggml.add_bos_token", 1.0f),
+        "MissingKeyError  tokenizer.ggml.add_bos_token");
 
     file_spec tight = native_model();
     tight.set("general.alignment", uint32_t(16));

@@ -182,6 +182,8 @@ def test_a_key_of_the_wrong_type(path: Path, key: str) -> None:
         ("tokenizer.ggml.tokens", "arr[str]", ["[EMPTY_1]", ""]),
         ("tokenizer.ggml.scores", "arr[f32]", [0.0] * 319),
         ("tokenizer.ggml.token_type", "arr[i32]", [1] * 319),
+        ("tokenizer.ggml.bos_token_id", "u32", 320),
+        ("tokenizer.ggml.padding_token_id", "u32", 2**32 - 1),
     ],
 )
 def test_a_value_the_engine_cannot_run(path: Path, key: str, type_: str, value: Any) -> None:
