@@ -877,8 +877,7 @@ static void test_mapping() {
 #endif
 
 int main() {
-    const char * base = std::getenv("TMPDIR");
-    std::string name = std::string(base ? base : "/tmp") + "/test-dsv4-dialect-XXXXXX";
+    std::string name = (fs::temp_directory_path()/"test-dsv4-dialect-XXXXXX").string();
     if (!mkdtemp(name.data())) {
         std::perror("mkdtemp");
         return 1;
