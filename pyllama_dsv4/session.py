@@ -99,19 +99,19 @@ class Session:
 
     def _reuse(self, ids: Sequence[int]) -> int:
         """Make the cache hold a prefix of `ids`, as long as can be had without evaluating; return its length."""
-        n_common = _n_common(self._ids, ids)
-        # the counts differ if an interrupt came between the engine's books and these
-        is_whole = self._context.n_tokens == self.n_tokens
-        if is_whole and n_common == self.n_tokens and (n_common < len(ids) or self._context.has_logits):
-            return n_common
         n_max = len(ids) - 1  # the logits of the last prompt token are needed
         fitting = [c for c in self._checkpoints if len(c.ids) <= n_max and c.ids == list(ids[: len(c.ids)])]
+        best = max(fitting, key=lambda c: len(c.ids), default=_Checkpoint([], b""))
+        n_common = _n_common(self._ids, ids)
+        # the counts differ if an interrupt came between the engine's books and these
+        is_prefix = n_common == self.n_tokens == self._context.n_tokens
+        if is_prefix and n_common >= len(best.ids) and (n_common < len(ids) or self._context.has_logits):
+            return n_common
         self.version += 1
         self._ids = []
-        if not fitting:
+        if not best.ids:
             self._context.clear()
             return 0
-        best = max(fitting, key=lambda c: len(c.ids))
         self._context.restore_state(best.state, len(best.ids))
         self._ids = list(best.ids)
         return len(best.ids)
