@@ -126,6 +126,8 @@ def chat(
             max_tokens=max_tokens,
             sampling=options.sampling,
         )
+        # a file without a vocabulary or a usable template is refused now and not at the first message
+        llm.format_chat_tokens([{"role": "user", "content": ""}])
         source: Source = PipeInput()
         if is_terminal:
             _welcome(options.ui, llm, path)
@@ -151,14 +153,13 @@ def _demo_model(ui: Ui) -> Path:
 
 
 def _welcome(ui: Ui, llm: Llama, path: Path) -> None:
-    ui.note(f"{path.name}: {llm.desc}; context of {llm.n_ctx:,} tokens.")
-    n_bytes, n_room = sum(t.n_bytes for t in llm.report.header.tensors), None
-    if llm.warmup is not None:
-        n_room = llm.warmup.n_bytes_total
-    if n_room is not None and n_room < n_bytes:
+    n_bytes = sum(tensor.n_bytes for tensor in llm.report.header.tensors)
+    name = llm.metadata.get("general.name") or llm.desc
+    ui.note(f"{path.name}: {name}, {n_bytes / 1e9:.2f} GB; context of {llm.n_ctx:,} tokens.")
+    if llm.warmup is not None and llm.warmup.n_bytes_total < n_bytes:
         ui.note(
-            f"Memory has room for {n_room / 1e9:.1f} of its {n_bytes / 1e9:.1f} GB: the rest is read from the"
-            " disk again and again, which sets the speed."
+            f"Memory has room for {llm.warmup.n_bytes_total / 1e9:.1f} GB of it: the rest is read from the disk"
+            " again and again, which sets the speed."
         )
     ui.note(WELCOME)
 
@@ -444,12 +445,18 @@ class _Chat:
                     f" {totals.n_tokens_generated:,} generated",
                 ),
                 ("memory", "unknown" if memory is None else f"{memory / 1e9:.2f} GB resident"),
-                ("file", self.warmup_text() or "not being read ahead"),
+                ("read ahead", self._read_ahead()),
                 ("thinking", f"{'on' if settings.is_thinking else 'off'}, effort {settings.effort or 'off'}"),
                 ("sampling", sampling),
                 ("system", settings.system or "none"),
             ]
         )
+
+    def _read_ahead(self) -> str:
+        warmup = self.llm.warmup
+        if warmup is None:
+            return "no"
+        return self.warmup_text() or f"{warmup.n_bytes / 1e9:.2f} GB of the file"
 
 
 class _Shown:

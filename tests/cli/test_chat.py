@@ -15,6 +15,9 @@ from typing import NamedTuple
 import pytest
 from cli_process import TIMEOUT_S, Terminal, command
 
+from pyllama_dsv4 import synth
+from pyllama_dsv4.convert import convert
+
 Run = Callable[..., subprocess.CompletedProcess[bytes]]
 Start = Callable[..., Terminal]
 
@@ -111,17 +114,19 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(model: Path, termina
     assert chat.end()[1] == 0
 
 
-def test_ctrl_c_while_the_message_is_read_takes_it_back(model: Path, terminal: Start, tmp_path: Path) -> None:
-    chat = terminal("chat", model, "-c", 20000, "-n", 5, "--color", "never")
+def test_ctrl_c_while_the_message_is_read_takes_it_back(model: Path, terminal: Start) -> None:
+    chat = terminal("chat", model, "-c", 20000, "-n", 5)
     chat.prompt()
     first = counts(chat.ask("Hello"))
     start = chat.row
-    chat.keys("\x1b[200~" + "word " * 4000 + "\x1b[201~\r")
-    chat.wait(lambda: chat.row > start and chat.lines(chat.row) == [""], "end of the message")
+    chat.keys("\x1b[200~" + "word " * 3000 + "\x1b[201~\r")
+    chat.wait_for("reading the message", start)
     chat.keys("\x03")
     chat.wait_for("the message is taken back", start)
-    chat.prompt(start + 1)
+    text = chat.prompt(start + 1)
+    assert "reading the message" not in text  # the spinner is gone
     second = counts(chat.ask("Hello again"))
+    assert second.n_cached > 0
     assert second.n_prompt <= first.n_prompt + first.n_answer + N_NEW
     chat.keys("/quit\r")
     assert chat.end()[1] == 0
@@ -397,8 +402,35 @@ def test_refusals(run: Run, model: Path, args: tuple[str, ...], code: int, messa
     assert b"Traceback" not in done.stderr
 
 
+def test_ctrl_c_during_the_load(model: Path, terminal: Start, tmp_path: Path) -> None:
+    """A file that takes seconds to read: one layer of Flash, without its data."""
+    from pyllama_dsv4.warmup import available_bytes
+
+    n_bytes = available_bytes()
+    if n_bytes is not None and n_bytes < 8e9:
+        pytest.skip(f"needs 8 GB of memory, {n_bytes / 1e9:.1f} are free")
+    config = synth.flash_config(num_hidden_layers=1, num_hash_layers=1, compress_ratios=[0, 0])
+    path = synth.write_sparse_native(tmp_path / "one-layer.gguf", config, tokenizer=None)
+    chat = terminal("chat", path, "--no-mmap", "-c", 512)
+    chat.wait_for("loading one-layer.gguf")
+    chat.keys("\x03")
+    text, code = chat.end()
+    assert code == 130
+    assert text.strip() == ""  # the bar is taken away
+
+
 def test_a_broken_template_is_an_error_of_the_input(run: Run, model: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.jinja").write_text("{% for %}", encoding="utf-8")
     done = run("chat", model, "--chat-template-file", tmp_path / "broken.jinja", input=b"Hello\n")
-    assert done.returncode in (1, 3)
+    assert done.returncode == 3
     assert b"template" in done.stderr
+
+
+def test_a_file_without_a_vocabulary_is_refused_before_the_first_message(
+    run: Run, model: Path, tmp_path: Path
+) -> None:
+    synth.write_checkpoint(tmp_path / "checkpoint", seed=1)
+    convert(tmp_path / "checkpoint", tmp_path / "ids.gguf")
+    done = run("chat", tmp_path / "ids.gguf", input=b"")
+    assert done.returncode == 3
+    assert b"no vocabulary" in done.stderr
