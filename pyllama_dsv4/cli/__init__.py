@@ -21,6 +21,7 @@ from .help import MAX_WIDTH, LazyGroup
 __all__ = ["main"]
 
 PROG_NAME: Final = "pyllama-dsv4"
+COMPLETE_VARIABLE: Final = "_PYLLAMA_DSV4_COMPLETE"
 
 _COMMANDS: Final = {
     "Talk": {
@@ -110,16 +111,24 @@ def main(args: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return _leave_broken_pipe()
     except KeyboardInterrupt:
+        if sys.stderr.isatty():
+            sys.stderr.write("\n")  # after the terminal's ^C
         return ExitCode.INTERRUPTED
     except Exception as error:
-        code = _report(error)
+        return _report(error)
     return code
 
 
 def _run(args: list[str]) -> int:
+    if COMPLETE_VARIABLE in os.environ:  # a shell asks for completions
+        _cli.main(args, PROG_NAME, COMPLETE_VARIABLE)
     try:
-        result = _cli.main(args, prog_name=PROG_NAME, standalone_mode=False)
-    except click.Abort:  # what click makes of a KeyboardInterrupt
+        # not _cli.main(), which has its own ideas of interrupts and broken pipes
+        with _cli.make_context(PROG_NAME, args) as ctx:
+            result = _cli.invoke(ctx)
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.Abort:
         return ExitCode.INTERRUPTED
     except click.ClickException as error:
         error.show()
@@ -127,17 +136,16 @@ def _run(args: list[str]) -> int:
     return result if isinstance(result, int) else ExitCode.OK
 
 
+def _leave_broken_pipe() -> ExitCode:
+    """Let the interpreter's last flush go nowhere: the reader has left, which is no error worth a word."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return ExitCode.BROKEN_PIPE
+
+
 def _terminate(_signum: int, _frame: FrameType | None) -> NoReturn:
     raise SystemExit(
         ExitCode.TERMINATED
     )  # unwinds: conversions remove their partial output, terminals recover
-
-
-def _leave_broken_pipe() -> ExitCode:
-    """Let the interpreter's last flush go nowhere: the reader has left, which is no error worth a word."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, sys.stdout.fileno())
-    return ExitCode.BROKEN_PIPE
 
 
 def _report(error: Exception) -> ExitCode:

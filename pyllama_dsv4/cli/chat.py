@@ -180,7 +180,7 @@ class _Answer:
 
     content: str = ""
     reasoning: str = ""
-    finish: str = "interrupted"
+    finish: str = ""
     unparsed: str | None = None
 
     def message(self) -> dict[str, Any]:
@@ -256,15 +256,20 @@ class _Chat:
                 text = self.source.read()
             except EOFError:
                 break
-            if not text.strip():
-                continue
-            if text.startswith("/") and not text.startswith("//"):
-                self._command(text)
-                continue
-            answer = self._answer(text[1:] if text.startswith("//") else text)
-            if answer is not None and answer.finish == "interrupted" and not is_terminal:
-                raise KeyboardInterrupt
+            try:
+                self._take(text)
+            except KeyboardInterrupt:
+                if not is_terminal:
+                    raise
         return ExitCode.FAILED if self._has_failed and not is_terminal else ExitCode.OK
+
+    def _take(self, text: str) -> None:
+        if not text.strip():
+            return
+        if text.startswith("/") and not text.startswith("//"):
+            self._command(text)
+        elif self._answer(text[1:] if text.startswith("//") else text).finish == "interrupted":
+            raise KeyboardInterrupt  # a terminal goes on, a pipe ends
 
     def _fail(self, text: str) -> None:
         self._has_failed = True
@@ -272,8 +277,8 @@ class _Chat:
 
     # --- answers ---
 
-    def _answer(self, text: str) -> _Answer | None:
-        """Show the answer to a message; return it, or None when there is none and the message is taken back."""
+    def _answer(self, text: str) -> _Answer:
+        """Show the answer to a message and return it; if there is none, the message is taken back."""
         messages = [*self._messages, {"role": "user", "content": text}]
         answer = _Answer()
         before = self.llm.stats
@@ -284,10 +289,10 @@ class _Chat:
                 f"the conversation does not fit: {error.found}, {error.expected}. The message is taken back."
                 " /reset starts a new conversation; a larger -c gives it more room."
             )
-            return None
+            return answer
         except PyllamaError as error:
             self._fail(str(error))
-            return None
+            return answer
         except KeyboardInterrupt:
             answer.finish = "interrupted"
         stats = self.llm.stats
@@ -352,6 +357,7 @@ class _Chat:
                     answer.unparsed = choice.get("unparsed")
                     break
                 if interrupts.is_wished:
+                    answer.finish = "interrupted"
                     break
 
     # --- commands ---

@@ -321,7 +321,10 @@ def open_model(options: Options, path: Path, **more: Any) -> Iterator[tuple[Llam
             left = "" if event.eta_s is None else f", {_duration(event.eta_s)} left"
             return f"reading ahead {event.fraction:.0%} of {event.n_bytes_total / 1e9:.1f} GB{left}"
 
-        yield llm, warmup_text
+        try:
+            yield llm, warmup_text
+        finally:
+            drain_log()
 
 
 def _duration(seconds: float) -> str:

@@ -12,16 +12,13 @@ from typing import Any, Final, NoReturn, TypeVar
 
 import click
 
-from .exit_codes import ExitCode
-
 __all__ = ["Command", "LazyGroup", "Option", "option"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 ENV_PREFIX: Final = "PYLLAMA_DSV4_"
 ENV_NOTE: Final = (
-    f"Options of one word or more can be set in the environment as well: --top-k as {ENV_PREFIX}TOP_K."
-    " The command line wins."
+    f"Options can be set in the environment too: --top-k as {ENV_PREFIX}TOP_K. The command line wins."
 )
 MAX_WIDTH: Final = 80
 
@@ -201,12 +198,6 @@ class LazyGroup(click.Group):
 
     def get_help_option_names(self, ctx: click.Context) -> list[str]:
         return ["--help"]
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except BrokenPipeError:
-            ctx.exit(ExitCode.BROKEN_PIPE)  # click itself would make it a failure
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self._modules)

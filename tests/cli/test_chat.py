@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
@@ -16,6 +17,8 @@ import pytest
 from cli_process import TIMEOUT_S, Terminal, command
 
 from pyllama_dsv4 import synth
+from pyllama_dsv4.cli.chat import _Shown
+from pyllama_dsv4.cli.terminal import AnswerWriter, Ui
 from pyllama_dsv4.convert import convert
 
 Run = Callable[..., subprocess.CompletedProcess[bytes]]
@@ -243,8 +246,6 @@ def test_commands(model: Path, terminal: Start) -> None:
     chat.ask("/system")
     chat.ask("/reset")
     assert counts(chat.ask("Hello")).n_prompt == short
-    chat.ask("/reset")
-    assert counts(chat.ask("//Hello")).n_prompt > short  # a slash and the word
     chat.keys("/quit\r")
     assert chat.end()[1] == 0
 
@@ -293,6 +294,19 @@ def test_thinking_can_be_hidden(model: Path, terminal: Start) -> None:
     assert text.strip().startswith("prompt")
 
 
+@pytest.mark.parametrize("is_thinking_shown", [True, False])
+def test_reasoning_stands_apart_from_the_answer(is_thinking_shown: bool) -> None:
+    stream = io.StringIO()
+    writer = AnswerWriter("always", stream)
+    writer.is_terminal = True
+    shown = _Shown(writer, Ui(), is_thinking_shown=is_thinking_shown)
+    for reasoning, content in (("Let me", ""), (" see.", ""), ("", "It"), ("", " is.")):
+        shown.add(reasoning, content)
+    shown.close()
+    dim = "\x1b[2mthinking:\n\x1b[0m\x1b[2mLet me\x1b[0m\x1b[2m see.\x1b[0m\n\n"
+    assert stream.getvalue() == (dim if is_thinking_shown else "") + "It is.\n"
+
+
 # --- through pipes ---
 
 
@@ -322,6 +336,21 @@ def test_the_answer_is_the_librarys(run: Run, model: Path) -> None:
         "chat", model, "-c", 512, "-n", 12, "--temp", 0, "-q", "-sys", "Be brief.", input=b'"""\na\nb\n"""\n'
     )
     assert done.stdout.decode() == text.removesuffix("\n") + "\n"
+
+
+def test_a_message_that_begins_with_a_slash(run: Run, model: Path) -> None:
+    from pyllama_dsv4 import Llama
+
+    with Llama(model, n_ctx=512, n_threads=1, warmup=False) as llm:
+        one, two = (
+            llm.create_chat_completion([{"role": "user", "content": text}], max_tokens=8, temperature=0)
+            for text in ("/Hello", "//Hello")
+        )
+    assert one["choices"] != two["choices"]
+    done = run("chat", model, "-c", 512, "-n", 8, "--temp", 0, input=b"//Hello\n")
+    assert done.stdout.decode().removesuffix("\n") == one["choices"][0]["message"]["content"].removesuffix(
+        "\n"
+    )
 
 
 def test_thinking_stays_out_of_a_piped_answer(run: Run, model: Path) -> None:

@@ -125,6 +125,12 @@ def test_help_is_fast_and_loads_no_engine() -> None:
     assert min(times) < 0.15
 
 
+def test_a_shell_can_complete_names(run: Run) -> None:
+    asked = {"_PYLLAMA_DSV4_COMPLETE": "bash_complete", "COMP_WORDS": "pyllama-dsv4 co", "COMP_CWORD": "1"}
+    done = run(env=asked)
+    assert (done.returncode, done.stdout) == (0, b"plain,convert\n")
+
+
 def test_without_a_command_it_lists_the_commands(run: Run) -> None:
     done = run()
     assert done.returncode == 0
@@ -257,10 +263,18 @@ def test_a_bug_is_said_to_be_one_without_a_traceback(fail: Callable[..., tuple[i
     assert text == "Error: this is a bug: ZeroDivisionError: by zero (-v shows where)\n"
 
 
-def test_interrupts_and_broken_pipes_are_quiet(fail: Callable[..., tuple[int, str]]) -> None:
+def test_an_interrupt_is_quiet(fail: Callable[..., tuple[int, str]]) -> None:
     code, text = fail(KeyboardInterrupt())
     assert (code, text.strip()) == (130, "")
-    assert fail(BrokenPipeError(32, "Broken pipe")) == (141, "")
+
+
+@pytest.mark.parametrize("args", [("--help",), ("run", "-h")])
+def test_a_pipe_without_a_reader_is_quiet(run: Run, args: tuple[str, ...]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = run(*args, stdout=writer)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_a_full_disk_behind_stdout_is_an_error(run: Run) -> None:
@@ -274,6 +288,31 @@ def test_a_full_disk_behind_stdout_is_an_error(run: Run) -> None:
 
 def test_exit_codes_are_what_a_shell_shows() -> None:
     assert [int(code) for code in ExitCode] == [0, 1, 2, 3, 4, 130, 141, 143]
+
+
+# --- progress where nothing can be animated ---
+
+
+def test_progress_of_a_load_is_a_line_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pyllama_dsv4._native", reason="the engine is not built", exc_type=ImportError)
+    from pyllama_dsv4.cli import common
+    from pyllama_dsv4.cli.terminal import Ui
+    from pyllama_dsv4.warmup import Progress
+
+    def shown(ui: Ui, interval_s: float) -> str:
+        monkeypatch.setattr(common, "LINE_INTERVAL_S", interval_s)
+        progress = common._LoadProgress(ui, "x.gguf")
+        for event in (Progress("load", 0.5), Progress("warmup", 0.25), Progress("load", 1.0)):
+            progress(event)
+        progress.stop()
+        assert progress.warmup == Progress("warmup", 0.25)  # kept for the prompt, never printed
+        return capsys.readouterr().err
+
+    assert shown(Ui(), 0) == "loading x.gguf: 50%\nloading x.gguf: 100%\n"
+    assert shown(Ui(), 60) == ""
+    assert shown(Ui(is_quiet=True), 0) == ""
 
 
 # --- text for terminals ---
