@@ -284,9 +284,9 @@ class _LoadProgress:
             )
             bar = rich.Progress(*columns, console=self._ui.console(), transient=True)
             task = bar.add_task(self._text, total=1.0)
+            self.stop = bar.stop  # first: an interrupt may come in the middle of the start
             bar.start()
             self._update = lambda done: bar.update(task, completed=done)
-            self.stop = bar.stop
         if self._update is not None:
             self._update(fraction)
 
