@@ -22,6 +22,8 @@ if (_llama_sources)
         TARGET_DIRECTORY llama PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)
 endif()
 target_include_directories(llama PRIVATE ${PYLLAMA_DSV4_NATIVE}/llama)
+# CMake 4: unity files include relative paths, so that another clone's compiler cache knows them
+set_target_properties(llama PROPERTIES UNITY_BUILD_RELOCATABLE ON)
 
 # the V4 chat template, compiled in: it replaces the malformed one of native files
 set(_template ${PYLLAMA_DSV4_LLAMA_CPP}/models/templates/deepseek-ai-DeepSeek-V4.jinja)
