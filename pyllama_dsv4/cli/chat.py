@@ -42,11 +42,11 @@ __all__ = ["chat"]
 
 CONVERSATION: Final = "Conversation"
 N_DEMO_TOKENS: Final = 256
-"""Length of the demo model's answers: random weights do not know how to end one."""
+"""Length of the demo model's answers, unless ``-n`` says another."""
 
 DEMO_NOTE: Final = (
     "No file given: this is the demo model, tiny and with random weights. Its answers are noise; it shows that"
-    f" everything runs, not what DeepSeek-V4 can do. They end after {N_DEMO_TOKENS} tokens (-n changes that)."
+    " everything runs, not what DeepSeek-V4 can do."
 )
 WELCOME: Final = "/help shows the commands. Ctrl-C stops an answer, Ctrl-D leaves."
 
@@ -117,7 +117,11 @@ def chat(
     path, max_tokens = options.path, options.max_tokens
     if path is None:
         path = _demo_model(options.ui)
-        max_tokens = max_tokens if options.is_limited else N_DEMO_TOKENS
+        if not options.is_limited:
+            max_tokens = N_DEMO_TOKENS
+            options.ui.note(
+                f"Random weights do not end an answer: each ends after {max_tokens} tokens, or -n N."
+            )
     with open_model(options, path, chat_template=template_text) as (llm, warmup_text):
         settings = _Settings(
             is_thinking=is_thinking,
@@ -433,7 +437,7 @@ class _Chat:
         sampling = ", ".join(f"{k} {v}" for k, v in settings.sampling.items()) or "as the file recommends"
         self.ui.table(
             [
-                ("model", self.llm.desc),
+                ("model", self.llm.desc.replace(" ?B", "")),  # what the engine says of sizes it does not know
                 ("context", f"{self.llm.n_tokens:,} of {self.llm.n_ctx:,} tokens"),
                 (
                     "last prompt",
