@@ -177,7 +177,7 @@ class Llama:
             lib.pyl_knows_architecture((header.architecture or "").encode("utf-8"))
         )
         self._report: HeaderReport = check_header(header, any_architecture=is_other)
-        _check_memory(self._report, n_ctx, cache_type)
+        _check_memory(self._report, n_ctx, cache_type, is_resident=use_mlock or not use_mmap)
         if n_gpu_layers == "auto":
             n_gpu_layers = -1 if lib.llama_supports_gpu_offload() else 0
         self._model = Model(
@@ -776,25 +776,40 @@ class Llama:
 _SAMPLING_NAMES = tuple(SamplingOptions.__annotations__)
 
 
-def _check_memory(report: HeaderReport, n_ctx: int, cache_type: str) -> None:
-    """Refuse a KV cache that cannot fit: the system would grant it and end the process when it is written to."""
+def _check_memory(report: HeaderReport, n_ctx: int, cache_type: str, *, is_resident: bool) -> None:
+    """Refuse what cannot fit: the system would grant it, and end the process when it is written to.
+
+    Counted are the KV cache of a DeepSeek-V4 model and, if `is_resident`, the weights (not mapped, or locked).
+    """
     hparams, available = report.hparams, available_bytes()
-    if hparams is None or available is None or cache_type not in CACHE_BYTES or n_ctx < 1:
+    if available is None or cache_type not in CACHE_BYTES or n_ctx < 1:
         return
     n_values = 0.0  # per token; the window layers' part does not grow
-    for ratio in hparams.compress_ratios[: hparams.n_layer]:
-        if ratio:
-            n_values += hparams.head_dim / ratio
-        if ratio == 4:
-            n_values += hparams.indexer_head_dim / ratio
-    n_bytes = int(n_ctx * n_values * CACHE_BYTES[cache_type])
-    if n_bytes > available:
+    if hparams is not None:
+        for ratio in hparams.compress_ratios[: hparams.n_layer]:
+            if ratio:
+                n_values += hparams.head_dim / ratio
+            if ratio == 4:
+                n_values += hparams.indexer_head_dim / ratio
+    n_cache_bytes = int(n_ctx * n_values * CACHE_BYTES[cache_type])
+    n_weight_bytes = sum(t.n_bytes for t in report.header.tensors) if is_resident else 0
+    path, found = report.header.path, f"{available / 1e9:.1f} GB available"
+    if n_weight_bytes > available:
+        raise MemoryLimitError(
+            "the weights do not fit into memory",
+            path=path,
+            key="use_mmap",
+            found=found,
+            expected=f"{n_weight_bytes / 1e9:.1f} GB",
+            hint="With use_mmap=True and use_mlock=False the file may be larger than memory.",
+        )
+    if n_cache_bytes + n_weight_bytes > available:
         raise MemoryLimitError(
             f"the KV cache of {n_ctx} tokens does not fit into memory",
-            path=report.header.path,
+            path=path,
             key="n_ctx",
-            found=f"{available / 1e9:.1f} GB available",
-            expected=f"{n_bytes / 1e9:.1f} GB",
+            found=found,
+            expected=f"{(n_cache_bytes + n_weight_bytes) / 1e9:.1f} GB",
             hint="A smaller n_ctx, or cache_type='q8_0', needs less.",
         )
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pyllama_dsv4 import synth
+from pyllama_dsv4 import Llama, errors, synth
+from pyllama_dsv4.warmup import available_bytes
 
 N_BYTES = 156_148_189_760
 N_TOKENS = 32
@@ -58,3 +59,13 @@ def test_it_opens_in_seconds_and_decodes(flash: Path) -> None:
     assert facts["open_s"] < 20  # seconds, not the minutes that reading 145 GiB takes
     assert facts["at_open"] < 2 << 30
     assert facts["working_set"] < 16 << 30  # dense weights and a few experts, never the file
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", [{"use_mmap": False}, {"use_mlock": True}])
+def test_it_is_refused_where_it_would_have_to_be_resident(flash: Path, option: dict[str, bool]) -> None:
+    available = available_bytes()
+    if available is None or available > N_BYTES:
+        pytest.skip("this machine has room for the file, or does not say how much memory it has")
+    with pytest.raises(errors.MemoryLimitError, match="weights do not fit"):
+        Llama(flash, n_ctx=512, **option)  # type: ignore[arg-type]

@@ -29,10 +29,13 @@ def test_logits_of_all_positions_equal_those_of_single_steps(tiny_upstream: Path
         assert rows.shape == (140, 320)
         assert rows.dtype == np.float32
         llm.reset()
+        steps = np.empty_like(rows)
         for n, token in enumerate(IDS[:140]):
             llm.eval([token])
-            assert np.abs(llm.logits - rows[n]).max() < 0.1  # of logits of RMS 4
+            steps[n] = llm.logits
         assert llm.n_tokens == 140
+    # flash attention rounds to F16 inside, and rounding depends on the batch's shape; a wrong position or row gives 1
+    assert np.mean((steps - rows) ** 2) / np.mean(rows**2) < 1e-4
 
 
 def test_logits_are_a_read_only_array_that_outlives_the_next_call(llm: Llama) -> None:
