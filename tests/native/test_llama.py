@@ -35,7 +35,7 @@ def test_logits_of_all_positions_equal_those_of_single_steps(tiny_upstream: Path
             steps[n] = llm.logits
         assert llm.n_tokens == 140
     # flash attention rounds to F16 inside, and rounding depends on the batch's shape; a wrong position or row gives 1
-    assert np.mean((steps - rows) ** 2) / np.mean(rows**2) < 1e-4
+    assert np.mean((steps - rows) ** 2) / np.mean(rows**2) < 5e-3
 
 
 def test_logits_are_a_read_only_array_that_outlives_the_next_call(llm: Llama) -> None:

@@ -240,7 +240,7 @@ def test_a_single_fit_is_always_the_verdict(
     for i, verdict in resolve_type42(infos, size, alignment).items():
         start = infos[i].offset
         end = infos[i + 1].offset if i + 1 < len(infos) else size
-        assert verdict.avail == end - start
+        assert verdict.avail == max(end - start, 0)  # a data section may end before a tensor starts
         fits = [c for c in CLAIMANTS if 0 <= end - start - c.n_bytes(infos[i].n_elements) < alignment]
         if len(fits) == 1:
             assert verdict.type == fits[0]
