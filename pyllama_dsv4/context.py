@@ -12,13 +12,18 @@ from ._native import check, check_ptr, ffi, lib, run_cancellable
 from .errors import ArgumentError, ClosedError, ContextFullError, InferenceError, MemoryLimitError, StateError
 from .model import Model
 
-__all__ = ["CACHE_TYPES", "Context"]
+__all__ = ["CACHE_TYPES", "FLASH_ATTN", "Context"]
 
 CACHE_TYPES = {
     "f32": lib.GGML_TYPE_F32,
     "f16": lib.GGML_TYPE_F16,
     "bf16": lib.GGML_TYPE_BF16,
     "q8_0": lib.GGML_TYPE_Q8_0,
+}
+FLASH_ATTN = {
+    "auto": lib.LLAMA_FLASH_ATTN_TYPE_AUTO,
+    "on": lib.LLAMA_FLASH_ATTN_TYPE_ENABLED,
+    "off": lib.LLAMA_FLASH_ATTN_TYPE_DISABLED,
 }
 _SEQ = 0
 
@@ -33,18 +38,28 @@ class Context:
         n_ubatch: Tokens per graph evaluation at most.
         n_threads: Threads for prefill and decode.
         cache_type: Key of ``CACHE_TYPES``.
+        flash_attn: Key of ``FLASH_ATTN``.
     """
 
     def __init__(
-        self, model: Model, *, n_ctx: int, n_batch: int, n_ubatch: int, n_threads: int, cache_type: str
+        self,
+        model: Model,
+        *,
+        n_ctx: int,
+        n_batch: int,
+        n_ubatch: int,
+        n_threads: int,
+        cache_type: str,
+        flash_attn: str = "auto",
     ) -> None:
-        if cache_type not in CACHE_TYPES:
-            raise ArgumentError(
-                "creating a context",
-                key="cache_type",
-                found=repr(cache_type),
-                expected=", ".join(CACHE_TYPES),
-            )
+        for key, choice, choices in (
+            ("cache_type", cache_type, CACHE_TYPES),
+            ("flash_attn", flash_attn, FLASH_ATTN),
+        ):
+            if choice not in choices:
+                raise ArgumentError(
+                    "creating a context", key=key, found=repr(choice), expected=", ".join(choices)
+                )
         for name, value in (
             ("n_ctx", n_ctx),
             ("n_batch", n_batch),
@@ -63,6 +78,7 @@ class Context:
         params.n_seq_max = 1
         params.n_threads = params.n_threads_batch = n_threads
         params.type_k = params.type_v = CACHE_TYPES[cache_type]
+        params.flash_attn_type = FLASH_ATTN[flash_attn]
         params.no_perf = True
         # Window layers keep their window only. The V4 cache cannot drop a tail anyway, and a full-size one would take
         # 44 KB a token for Flash and let every token attend over masked cells.

@@ -119,6 +119,8 @@ class Llama:
         use_mmap: Map the file. Pages are then read when they are needed, and ahead of that by a background thread.
         use_mlock: Keep the model's pages in memory.
         cache_type: Type of the KV cache: ``f32``, ``f16``, ``bf16`` or ``q8_0``.
+        flash_attn: ``"on"``, ``"off"`` or ``"auto"``: attention in one operation, which needs less memory and is
+            faster for long contexts, but rounds to F16 inside.
         seed: Of all sampling that gives none itself; None draws one per generation. Equal seeds give equal text on
             the same build, threads and batch sizes.
         chat_template: Jinja text instead of the file's chat template.
@@ -150,6 +152,7 @@ class Llama:
         use_mmap: bool = True,
         use_mlock: bool = False,
         cache_type: str = "f16",
+        flash_attn: Literal["auto", "on", "off"] = "auto",
         seed: int | None = None,
         chat_template: str | None = None,
         progress: Callable[[Progress], bool | None] | None = None,
@@ -195,6 +198,7 @@ class Llama:
                 n_ubatch=n_ubatch,
                 n_threads=_n_threads_default() if n_threads is None else n_threads,
                 cache_type=cache_type,
+                flash_attn=flash_attn,
             )
         except BaseException:
             self._model.close()

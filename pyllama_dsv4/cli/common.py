@@ -52,6 +52,7 @@ _LOAD_NAMES: Final = (
     "use_mmap",
     "use_mlock",
     "cache_type",
+    "flash_attn",
     "seed",
 )
 _SAMPLING_NAMES: Final = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty")
@@ -117,6 +118,10 @@ def load_options(function: F) -> F:
         option(
             "-ctk", "--cache-type-k", "cache_type", type=click.Choice(CACHE_TYPES), metavar="TYPE",
             default="f16", section=LOAD, help=f"Type of the KV cache, K and V alike: {', '.join(CACHE_TYPES)}.",
+        ),
+        option(
+            "-fa", "--flash-attn", "flash_attn", type=click.Choice(("auto", "on", "off")), metavar="on|off|auto",
+            default="auto", section=LOAD, help="Attention in one operation: faster, with F16 rounding inside.",
         ),
         option(
             "--mmap/--no-mmap", "use_mmap", default=True, section=LOAD,
