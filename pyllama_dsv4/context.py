@@ -8,17 +8,27 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ._native import check, check_ptr, ffi, lib, run_cancellable
+from ._native import check, check_ptr, ffi, lib, log_tail, run_cancellable
 from .errors import ArgumentError, ClosedError, ContextFullError, InferenceError, MemoryLimitError, StateError
 from .model import Model
 
-__all__ = ["CACHE_TYPES", "Context"]
+__all__ = ["ACT_QUANT_LEVELS", "CACHE_TYPES", "FLASH_ATTN", "Context"]
 
 CACHE_TYPES = {
     "f32": lib.GGML_TYPE_F32,
     "f16": lib.GGML_TYPE_F16,
     "bf16": lib.GGML_TYPE_BF16,
     "q8_0": lib.GGML_TYPE_Q8_0,
+}
+ACT_QUANT_LEVELS = {
+    "none": lib.LLAMA_ACT_QUANT_NONE,
+    "cache": lib.LLAMA_ACT_QUANT_CACHE,
+    "full": lib.LLAMA_ACT_QUANT_FULL,
+}
+FLASH_ATTN = {
+    "auto": lib.LLAMA_FLASH_ATTN_TYPE_AUTO,
+    "on": lib.LLAMA_FLASH_ATTN_TYPE_ENABLED,
+    "off": lib.LLAMA_FLASH_ATTN_TYPE_DISABLED,
 }
 _SEQ = 0
 
@@ -33,18 +43,31 @@ class Context:
         n_ubatch: Tokens per graph evaluation at most.
         n_threads: Threads for prefill and decode.
         cache_type: Key of ``CACHE_TYPES``.
+        act_quant: Key of ``ACT_QUANT_LEVELS``; other models than DeepSeek-V4 ignore it.
+        flash_attn: Key of ``FLASH_ATTN``.
     """
 
     def __init__(
-        self, model: Model, *, n_ctx: int, n_batch: int, n_ubatch: int, n_threads: int, cache_type: str
+        self,
+        model: Model,
+        *,
+        n_ctx: int,
+        n_batch: int,
+        n_ubatch: int,
+        n_threads: int,
+        cache_type: str,
+        act_quant: str,
+        flash_attn: str,
     ) -> None:
-        if cache_type not in CACHE_TYPES:
-            raise ArgumentError(
-                "creating a context",
-                key="cache_type",
-                found=repr(cache_type),
-                expected=", ".join(CACHE_TYPES),
-            )
+        for name, choice, choices in (
+            ("cache_type", cache_type, CACHE_TYPES),
+            ("act_quant", act_quant, ACT_QUANT_LEVELS),
+            ("flash_attn", flash_attn, FLASH_ATTN),
+        ):
+            if choice not in choices:
+                raise ArgumentError(
+                    "creating a context", key=name, found=repr(choice), expected=", ".join(choices)
+                )
         for name, value in (
             ("n_ctx", n_ctx),
             ("n_batch", n_batch),
@@ -63,6 +86,8 @@ class Context:
         params.n_seq_max = 1
         params.n_threads = params.n_threads_batch = n_threads
         params.type_k = params.type_v = CACHE_TYPES[cache_type]
+        params.act_quant = ACT_QUANT_LEVELS[act_quant]
+        params.flash_attn_type = FLASH_ATTN[flash_attn]
         params.no_perf = True
         # Window layers keep their window only. The V4 cache cannot drop a tail anyway, and a full-size one would take
         # 44 KB a token for Flash and let every token attend over masked cells.
@@ -208,7 +233,7 @@ class Context:
     # --- state ---
 
     def save_state(self) -> bytes:
-        """Return the sequence's cache as bytes, for ``restore_state`` on this same context."""
+        """Return the sequence's cache as bytes, for ``restore_state`` on a context of the same shape and level."""
         n = int(lib.llama_state_seq_get_size(self.pointer, _SEQ))
         buffer = bytearray(n)
         written = lib.llama_state_seq_get_data(self.pointer, ffi.from_buffer("uint8_t[]", buffer), n, _SEQ)
@@ -217,15 +242,23 @@ class Context:
         return bytes(buffer)
 
     def restore_state(self, state: bytes, n_tokens: int) -> None:
-        """Put back what ``save_state`` returned when the sequence had `n_tokens` tokens. Logits are not part of it."""
+        """Put back what ``save_state`` returned when the sequence had `n_tokens` tokens. Logits are not part of it.
+
+        Raises:
+            StateError: It is damaged, or of another model, cache or level of rounding; the context is empty then.
+        """
         self.clear()
+        log_tail(clear=True)
         read = lib.llama_state_seq_set_data(
             self.pointer, ffi.from_buffer("uint8_t[]", state), len(state), _SEQ
         )
         if read != len(state):
             self.clear()
             raise StateError(
-                "restoring the state failed", found=f"{read} bytes", expected=f"{len(state)} bytes"
+                "restoring the state failed",
+                found=f"{read} bytes",
+                expected=f"{len(state)} bytes",
+                native_log=log_tail(clear=True),
             )
         self._n_tokens = n_tokens
 

@@ -119,6 +119,10 @@ class Llama:
         use_mmap: Map the file. Pages are then read when they are needed, and ahead of that by a background thread.
         use_mlock: Keep the model's pages in memory.
         cache_type: Type of the KV cache: ``f32``, ``f16``, ``bf16`` or ``q8_0``.
+        act_quant: What is rounded to FP8 and FP4 as DeepSeek's own code does it: ``none``, ``cache`` (rows that are
+            kept and the indexer's queries, which the model was trained with) or ``full`` (also the inputs of all
+            FP8 and FP4 products). Other models ignore it.
+        flash_attn: ``auto``, ``on`` or ``off``; the CPU's sums values in F16 when it is on.
         seed: Of all sampling that gives none itself; None draws one per generation. Equal seeds give equal text on
             the same build, threads and batch sizes.
         chat_template: Jinja text instead of the file's chat template.
@@ -150,6 +154,8 @@ class Llama:
         use_mmap: bool = True,
         use_mlock: bool = False,
         cache_type: str = "f16",
+        act_quant: Literal["none", "cache", "full"] = "cache",
+        flash_attn: Literal["auto", "on", "off"] = "auto",
         seed: int | None = None,
         chat_template: str | None = None,
         progress: Callable[[Progress], bool | None] | None = None,
@@ -195,6 +201,8 @@ class Llama:
                 n_ubatch=n_ubatch,
                 n_threads=_n_threads_default() if n_threads is None else n_threads,
                 cache_type=cache_type,
+                act_quant=act_quant,
+                flash_attn=flash_attn,
             )
         except BaseException:
             self._model.close()

@@ -22,7 +22,6 @@ REPLACEMENTS: Mapping[str, str] = {
     "chat_handler": "`chat_template`; V4's format is chosen by itself",
     "embedding": "nothing: embeddings are not offered yet",
     "f16_kv": '`cache_type="f16"`',
-    "flash_attn": "nothing: flash attention is chosen by the engine",
     "logits_all": '`eval(ids, logits="all")`',
     "n_gqa": "nothing: the file says it",
     "n_threads_batch": "`n_threads`, which holds for prefill and decode",

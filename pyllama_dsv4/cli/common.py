@@ -39,6 +39,7 @@ SAMPLING: Final = "Sampling"
 OUTPUT: Final = "Output"
 
 CACHE_TYPES: Final = ("f32", "f16", "bf16", "q8_0")
+ACT_QUANT_LEVELS: Final = ("none", "cache", "full")
 SEED_MAX: Final = 2**32 - 2
 LINE_INTERVAL_S: Final = 5.0
 """Seconds between lines of progress where nothing can be animated."""
@@ -52,6 +53,7 @@ _LOAD_NAMES: Final = (
     "use_mmap",
     "use_mlock",
     "cache_type",
+    "act_quant",
     "seed",
 )
 _SAMPLING_NAMES: Final = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty")
@@ -117,6 +119,12 @@ def load_options(function: F) -> F:
         option(
             "-ctk", "--cache-type-k", "cache_type", type=click.Choice(CACHE_TYPES), metavar="TYPE",
             default="f16", section=LOAD, help=f"Type of the KV cache, K and V alike: {', '.join(CACHE_TYPES)}.",
+        ),
+        option(
+            "--act-quant", "act_quant", type=click.Choice(ACT_QUANT_LEVELS), metavar="LEVEL", default="cache",
+            section=LOAD,
+            help="What is rounded as in DeepSeek's code: cache (KV and indexer rows), full (inputs of products too), "
+            "none.",
         ),
         option(
             "--mmap/--no-mmap", "use_mmap", default=True, section=LOAD,
