@@ -30,7 +30,7 @@ endfunction()
 
 pyllama_dsv4_upstream_test(test-quantize-fns)
 pyllama_dsv4_upstream_test(test-gguf 1234)
-pyllama_dsv4_upstream_test(test-backend-ops test -b CPU -p "f8_e4m3|mxfp4|q2_0")
+pyllama_dsv4_upstream_test(test-backend-ops test -b CPU -p "f8_e4m3|mxfp4|q2_0|act_quant")
 pyllama_dsv4_upstream_test(test-llama-archs)
 
 # bench/: not part of any test

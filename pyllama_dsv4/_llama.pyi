@@ -46,6 +46,9 @@ class _Lib:
     GGML_TYPE_Q8_K: int
     GGML_TYPE_TQ1_0: int
     GGML_TYPE_TQ2_0: int
+    LLAMA_ACT_QUANT_CACHE: int
+    LLAMA_ACT_QUANT_FULL: int
+    LLAMA_ACT_QUANT_NONE: int
     LLAMA_ATTENTION_TYPE_CAUSAL: int
     LLAMA_ATTENTION_TYPE_NON_CAUSAL: int
     LLAMA_ATTENTION_TYPE_UNSPECIFIED: int
@@ -98,6 +101,8 @@ class _Lib:
     LLAMA_VOCAB_TYPE_TEST: int
     LLAMA_VOCAB_TYPE_UGM: int
     LLAMA_VOCAB_TYPE_WPM: int
+    PYL_ACT_QUANT_E2M1: int
+    PYL_ACT_QUANT_E4M3: int
     PYL_CANCELLED: int
     PYL_CONTEXT_FULL: int
     PYL_ERROR: int
@@ -157,6 +162,8 @@ class _Lib:
     def llama_vocab_is_eog(self, *args: Any) -> Any: ...
     def llama_vocab_n_tokens(self, *args: Any) -> Any: ...
     def llama_vocab_type(self, *args: Any) -> Any: ...
+    def pyl_act_quant(self, *args: Any) -> Any: ...
+    def pyl_act_quant_set_default(self, *args: Any) -> Any: ...
     def pyl_build_backends(self, *args: Any) -> Any: ...
     def pyl_build_commit(self, *args: Any) -> Any: ...
     def pyl_build_series(self, *args: Any) -> Any: ...

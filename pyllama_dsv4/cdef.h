@@ -93,6 +93,12 @@ enum llama_token_attr
   LLAMA_TOKEN_ATTR_RSTRIP = ...,
   LLAMA_TOKEN_ATTR_SINGLE_WORD = ...
 };
+enum llama_act_quant
+{
+  LLAMA_ACT_QUANT_NONE = ...,
+  LLAMA_ACT_QUANT_CACHE = ...,
+  LLAMA_ACT_QUANT_FULL = ...
+};
 enum llama_rope_scaling_type
 {
   LLAMA_ROPE_SCALING_TYPE_UNSPECIFIED = ...,
@@ -205,6 +211,7 @@ struct llama_context_params
   void *cb_eval_user_data;
   enum ggml_type type_k;
   enum ggml_type type_v;
+  enum llama_act_quant act_quant;
   ggml_abort_callback abort_callback;
   void *abort_callback_data;
   bool embeddings;
@@ -312,6 +319,13 @@ enum pyl_outputs
 int32_t pyl_decode(struct llama_context *ctx, const int32_t *tokens, int32_t n_tokens, int32_t pos, int32_t seq_id, enum pyl_outputs outputs);
 int32_t pyl_logits_copy(struct llama_context *ctx, int32_t i, float *out, int32_t n_vocab);
 int32_t pyl_sample(struct llama_sampler *chain, const float *logits, int32_t n_vocab, llama_token_data *scratch);
+enum pyl_act_quant_format
+{
+  PYL_ACT_QUANT_E4M3 = ...,
+  PYL_ACT_QUANT_E2M1 = ...
+};
+int32_t pyl_act_quant_set_default(int32_t level);
+int32_t pyl_act_quant(int32_t format, int64_t block, int64_t n_channels, const float *x, float *y, int64_t n_rows, int64_t n_per_row, int32_t n_threads);
 int32_t pyl_tokenize(const struct llama_vocab *vocab, const char *text, int32_t n_bytes, int32_t *ids, int32_t n_max, bool parse_special);
 int32_t pyl_token_bytes(const struct llama_vocab *vocab, int32_t id, char *buf, int32_t size);
 int32_t pyl_n_cores(void);

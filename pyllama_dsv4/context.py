@@ -8,17 +8,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ._native import check, check_ptr, ffi, lib, run_cancellable
+from ._native import check, check_ptr, ffi, lib, log_tail, run_cancellable
 from .errors import ArgumentError, ClosedError, ContextFullError, InferenceError, MemoryLimitError, StateError
 from .model import Model
 
-__all__ = ["CACHE_TYPES", "FLASH_ATTN", "Context"]
+__all__ = ["ACT_QUANT_LEVELS", "CACHE_TYPES", "FLASH_ATTN", "Context"]
 
 CACHE_TYPES = {
     "f32": lib.GGML_TYPE_F32,
     "f16": lib.GGML_TYPE_F16,
     "bf16": lib.GGML_TYPE_BF16,
     "q8_0": lib.GGML_TYPE_Q8_0,
+}
+ACT_QUANT_LEVELS = {
+    "none": lib.LLAMA_ACT_QUANT_NONE,
+    "cache": lib.LLAMA_ACT_QUANT_CACHE,
+    "full": lib.LLAMA_ACT_QUANT_FULL,
 }
 FLASH_ATTN = {
     "auto": lib.LLAMA_FLASH_ATTN_TYPE_AUTO,
@@ -37,6 +42,7 @@ class Context:
         n_ubatch: Tokens per graph evaluation at most.
         n_threads: Threads for prefill and decode.
         cache_type: Key of ``CACHE_TYPES``.
+        act_quant: Key of ``ACT_QUANT_LEVELS``; other models than DeepSeek-V4 ignore it.
         flash_attn: Key of ``FLASH_ATTN``.
         n_seq_max: Sequences, numbered from 0; each holds up to `n_ctx` tokens.
     """
@@ -50,16 +56,18 @@ class Context:
         n_ubatch: int,
         n_threads: int,
         cache_type: str,
+        act_quant: str = "cache",
         flash_attn: str = "auto",
         n_seq_max: int = 1,
     ) -> None:
-        for key, choice, choices in (
+        for name, choice, choices in (
             ("cache_type", cache_type, CACHE_TYPES),
+            ("act_quant", act_quant, ACT_QUANT_LEVELS),
             ("flash_attn", flash_attn, FLASH_ATTN),
         ):
             if choice not in choices:
                 raise ArgumentError(
-                    "creating a context", key=key, found=repr(choice), expected=", ".join(choices)
+                    "creating a context", key=name, found=repr(choice), expected=", ".join(choices)
                 )
         for name, value in (
             ("n_ctx", n_ctx),
@@ -88,6 +96,7 @@ class Context:
         params.n_seq_max = n_seq_max
         params.n_threads = params.n_threads_batch = n_threads
         params.type_k = params.type_v = CACHE_TYPES[cache_type]
+        params.act_quant = ACT_QUANT_LEVELS[act_quant]
         params.flash_attn_type = FLASH_ATTN[flash_attn]
         params.no_perf = True
         # Window layers keep their window only. The V4 cache cannot drop a tail anyway, and a full-size one would take
@@ -262,17 +271,21 @@ class Context:
         """Put back what ``save_state`` returned when the sequence had `n_tokens` tokens, and `logits` after them.
 
         Raises:
-            StateError: The engine refused the state; all sequences were cleared.
+            StateError: It is damaged, or of another model, cache or level of rounding; all sequences were cleared.
         """
         lib.llama_memory_seq_rm(lib.llama_get_memory(self.pointer), seq, -1, -1)
         self._logits = None
+        log_tail(clear=True)
         read = lib.llama_state_seq_set_data(
             self.pointer, ffi.from_buffer("uint8_t[]", state), len(state), seq
         )
         if read != len(state):
             self.clear()
             raise StateError(
-                "restoring the state failed", found=f"{read} bytes", expected=f"{len(state)} bytes"
+                "restoring the state failed",
+                found=f"{read} bytes",
+                expected=f"{len(state)} bytes",
+                native_log=log_tail(clear=True),
             )
         self._n_tokens[seq] = n_tokens
         if logits is not None:

@@ -123,6 +123,9 @@ class Llama:
         cache_type: Type of the KV cache: ``f32``, ``f16``, ``bf16`` or ``q8_0``.
         flash_attn: ``"on"``, ``"off"`` or ``"auto"``: attention in one operation, which needs less memory and is
             faster for long contexts, but rounds to F16 inside.
+        act_quant: What is rounded to FP8 and FP4 as DeepSeek's own code does it: ``none``, ``cache`` (rows that are
+            kept and the indexer's queries, which the model was trained with) or ``full`` (also the inputs of all
+            FP8 and FP4 products). Other models ignore it.
         seed: Of all sampling that gives none itself; None draws one per generation. Equal seeds give equal text on
             the same build, threads and batch sizes.
         chat_template: Jinja text instead of the file's chat template.
@@ -154,6 +157,7 @@ class Llama:
         use_mmap: bool = True,
         use_mlock: bool = False,
         cache_type: str = "f16",
+        act_quant: Literal["none", "cache", "full"] = "cache",
         flash_attn: Literal["auto", "on", "off"] = "auto",
         seed: int | None = None,
         chat_template: str | None = None,
@@ -173,6 +177,7 @@ class Llama:
         self._is_closed = False
         self._chat_template = chat_template
         self._cache_type = cache_type
+        self._act_quant = act_quant
         self._seed = SamplingParams(seed=seed).seed  # checked there
         self._replay: OrderedDict[bytes, list[int]] = OrderedDict()
         self.stats = Stats()
@@ -201,6 +206,7 @@ class Llama:
                 n_ubatch=n_ubatch,
                 n_threads=_n_threads_default() if n_threads is None else n_threads,
                 cache_type=cache_type,
+                act_quant=act_quant,
                 flash_attn=flash_attn,
             )
         except BaseException:
@@ -322,6 +328,7 @@ class Llama:
             "engine": build_info()["llama.cpp"],
             "patches": series_digest(),
             "cache type": self._cache_type,
+            "act_quant": self._act_quant,
         }
 
     def _state(self) -> State:

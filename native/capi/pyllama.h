@@ -79,6 +79,21 @@ int32_t pyl_logits_copy(struct llama_context * ctx, int32_t i, float * out, int3
 // (PYL_ERROR_ARGUMENT when no logit is finite or one is NaN). scratch[n_vocab] is overwritten.
 int32_t pyl_sample(struct llama_sampler * chain, const float * logits, int32_t n_vocab, llama_token_data * scratch);
 
+// --- rounding of activations ---
+
+enum pyl_act_quant_format {
+    PYL_ACT_QUANT_E4M3 = 0,
+    PYL_ACT_QUANT_E2M1 = 1,
+};
+
+// The llama_act_quant that llama_context_default_params() has from now on.
+int32_t pyl_act_quant_set_default(int32_t level);
+
+// The operation ggml_act_quant on the CPU: channels [0, n_channels) of each of n_rows rows of n_per_row are rounded to
+// the format, with a scale per block. y must not overlap x.
+int32_t pyl_act_quant(int32_t format, int64_t block, int64_t n_channels, const float * x, float * y, int64_t n_rows,
+        int64_t n_per_row, int32_t n_threads);
+
 // --- text ---
 
 // Returns the number of ids, or its negative when n_max is too small; INT32_MIN on failure.

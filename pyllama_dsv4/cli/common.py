@@ -39,6 +39,7 @@ SAMPLING: Final = "Sampling"
 OUTPUT: Final = "Output"
 
 CACHE_TYPES: Final = ("f32", "f16", "bf16", "q8_0")
+ACT_QUANT_LEVELS: Final = ("none", "cache", "full")
 SEED_MAX: Final = 2**32 - 2
 LINE_INTERVAL_S: Final = 5.0
 """Seconds between lines of progress where nothing can be animated."""
@@ -53,6 +54,7 @@ _LOAD_NAMES: Final = (
     "use_mlock",
     "cache_type",
     "flash_attn",
+    "act_quant",
     "seed",
 )
 _SAMPLING_NAMES: Final = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty")
@@ -122,6 +124,12 @@ def load_options(function: F) -> F:
         option(
             "-fa", "--flash-attn", "flash_attn", type=click.Choice(("auto", "on", "off")), metavar="on|off|auto",
             default="auto", section=LOAD, help="Attention in one operation: faster, with F16 rounding inside.",
+        ),
+        option(
+            "--act-quant", "act_quant", type=click.Choice(ACT_QUANT_LEVELS), metavar="LEVEL", default="cache",
+            section=LOAD,
+            help="What is rounded as in DeepSeek's code: cache (KV and indexer rows), full (inputs of products too), "
+            "none.",
         ),
         option(
             "--mmap/--no-mmap", "use_mmap", default=True, section=LOAD,

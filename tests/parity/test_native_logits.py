@@ -14,13 +14,13 @@ from pyllama_dsv4.convert import convert
 
 N_TOKENS = 300
 SEEDS = (1, 2, 3)
-# Products keep their inputs, so the two files differ by the order of sums: 4e-13. An F16 cache or flash attention,
-# which rounds to F16 inside, turns that into a rounding flip now and then: up to 7e-5.
+# Products keep their inputs, so the two files differ by the order of sums: 4e-13. The rounding of the cache turns a last
+# bit into a flip now and then: up to 4e-4 with the defaults.
 OPTIONS: dict[str, dict[str, Any]] = {
-    "exact": {"cache_type": "f32", "flash_attn": "off"},
+    "exact": {"act_quant": "none", "cache_type": "f32", "flash_attn": "off"},
     "default": {},
 }
-NMSE_MAX = {"exact": 1e-9, "default": 1e-3}
+NMSE_MAX = {"exact": 1e-9, "default": 5e-3}
 ARGMAX_MIN = 0.99
 
 Logits = npt.NDArray[np.float32]
