@@ -24,13 +24,13 @@ LENGTHS = (1, 127, 128, 129, 255, 257, 383, 513)
 IDS = [int(i) for i in np.random.default_rng(5).integers(0, 320, 600)]
 
 # cache type, flash attention, NMSE allowed. Products keep their inputs, so in float32 only the order of sums differs;
-# F16 and Q8_0 turn that into rounding flips.
+# F16 and Q8_0 turn that into rounding flips, which may change what the indexer selects for single tokens.
 KINDS = [
     ("f32", "off", 1e-10),
-    ("f32", "on", 1e-3),
-    ("f16", "on", 1e-3),
-    ("bf16", "on", 1e-2),
-    ("q8_0", "on", 1e-2),
+    ("f32", "on", 1e-2),
+    ("f16", "on", 1e-2),
+    ("bf16", "on", 2e-2),
+    ("q8_0", "on", 2e-2),
 ]
 
 

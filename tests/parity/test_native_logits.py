@@ -14,8 +14,8 @@ from pyllama_dsv4.convert import convert
 
 N_TOKENS = 300
 SEEDS = (1, 2, 3)
-# Products keep their inputs, so the two files differ by the order of sums: 4e-13. The rounding of the cache turns a last
-# bit into a flip now and then: up to 4e-4 with the defaults.
+# Products keep their inputs, so the two files differ by the order of sums: 4e-13. The rounding of the cache turns a
+# last bit into a flip now and then: up to 4e-4 with the defaults.
 OPTIONS: dict[str, dict[str, Any]] = {
     "exact": {"act_quant": "none", "cache_type": "f32", "flash_attn": "off"},
     "default": {},
