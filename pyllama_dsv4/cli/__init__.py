@@ -32,6 +32,12 @@ _COMMANDS: Final = {
         "inspect": ("pyllama_dsv4.cli.inspect", "Show what a model file contains, without loading it."),
         "convert": ("pyllama_dsv4.cli.convert", "Convert a checkpoint to a native GGUF file."),
     },
+    "Proof": {
+        "score": (
+            "pyllama_dsv4.cli.score",
+            "Measure how likely a model finds a text, and how two runs differ.",
+        ),
+    },
 }
 
 _EXAMPLES: Final = (

@@ -237,9 +237,9 @@ class Options:
         max_tokens_source = ctx.get_parameter_source("max_tokens")
         options = cls(
             path=file or model,
-            load={name: values.pop(name) for name in _LOAD_NAMES},
-            sampling={k: v for k in _SAMPLING_NAMES if (v := values.pop(k)) is not None},
-            max_tokens=values.pop("max_tokens"),
+            load={name: values.pop(name) for name in _LOAD_NAMES if name in values},
+            sampling={k: v for k in _SAMPLING_NAMES if (v := values.pop(k, None)) is not None},
+            max_tokens=values.pop("max_tokens", None),
             is_limited=max_tokens_source is not click.core.ParameterSource.DEFAULT,
             color=color,
             ui=Ui(color=color, is_quiet=values.pop("quiet"), is_verbose=is_verbose),
