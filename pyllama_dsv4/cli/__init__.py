@@ -33,6 +33,7 @@ _COMMANDS: Final = {
         "convert": ("pyllama_dsv4.cli.convert", "Convert a checkpoint to a native GGUF file."),
     },
     "Proof": {
+        "selftest": ("pyllama_dsv4.cli.selftest", "Check that this build computes what it should."),
         "score": (
             "pyllama_dsv4.cli.score",
             "Measure how likely a model finds a text, and how two runs differ.",
