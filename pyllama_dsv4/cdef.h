@@ -254,6 +254,9 @@ const char *llama_model_chat_template(const struct llama_model *model, const cha
 uint64_t llama_model_n_params(const struct llama_model *model);
 void llama_memory_clear(llama_memory_t mem, bool data);
 llama_pos llama_memory_seq_pos_max(llama_memory_t mem, llama_seq_id seq_id);
+size_t llama_state_get_size(struct llama_context *ctx);
+size_t llama_state_get_data(struct llama_context *ctx, uint8_t *dst, size_t size);
+size_t llama_state_set_data(struct llama_context *ctx, const uint8_t *src, size_t size);
 size_t llama_state_seq_get_size(struct llama_context *ctx, llama_seq_id seq_id);
 size_t llama_state_seq_get_data(struct llama_context *ctx, uint8_t *dst, size_t size, llama_seq_id seq_id);
 size_t llama_state_seq_set_data(struct llama_context *ctx, const uint8_t *src, size_t size, llama_seq_id dest_seq_id);
