@@ -32,3 +32,8 @@ pyllama_dsv4_upstream_test(test-quantize-fns)
 pyllama_dsv4_upstream_test(test-gguf 1234)
 pyllama_dsv4_upstream_test(test-backend-ops test -b CPU -p "f8_e4m3|mxfp4|q2_0|act_quant")
 pyllama_dsv4_upstream_test(test-llama-archs)
+
+# bench/: not part of any test
+add_executable(bench-products EXCLUDE_FROM_ALL ${CMAKE_SOURCE_DIR}/bench/products.cpp)
+target_link_libraries(bench-products PRIVATE llama)
+target_include_directories(bench-products PRIVATE ${PYLLAMA_DSV4_LLAMA_CPP}/ggml/src)

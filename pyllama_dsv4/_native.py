@@ -21,10 +21,16 @@ from . import errors
 try:
     from ._llama import ffi, lib
 except ImportError as error:
-    raise ImportError(
-        f"the native module of pyllama-dsv4 could not be loaded ({error}). It is built by pip: "
-        "run `pip install .` in the source folder, or install a wheel for this Python version"
-    ) from error
+    if (Path(__file__).parent.parent / "pyproject.toml").exists():
+        advice = (
+            "Python found the source folder instead of an installed package: run `pip install .` here and start "
+            "Python elsewhere, use .venv/bin/pyllama-dsv4 after `make chat`, or install with `pip install -e .`"
+        )
+    else:
+        advice = (
+            "It is built by pip: run `pip install .` in the source folder, or install a wheel for this Python"
+        )
+    raise ImportError(f"the native module of pyllama-dsv4 could not be loaded ({error}). {advice}") from error
 
 __all__ = [
     "build_info",

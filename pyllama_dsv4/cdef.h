@@ -253,6 +253,7 @@ uint64_t llama_model_size(const struct llama_model *model);
 const char *llama_model_chat_template(const struct llama_model *model, const char *name);
 uint64_t llama_model_n_params(const struct llama_model *model);
 void llama_memory_clear(llama_memory_t mem, bool data);
+bool llama_memory_seq_rm(llama_memory_t mem, llama_seq_id seq_id, llama_pos p0, llama_pos p1);
 llama_pos llama_memory_seq_pos_max(llama_memory_t mem, llama_seq_id seq_id);
 size_t llama_state_get_size(struct llama_context *ctx);
 size_t llama_state_get_data(struct llama_context *ctx, uint8_t *dst, size_t size);

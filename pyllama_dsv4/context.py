@@ -1,4 +1,4 @@
-"""One evaluation context: KV cache, position, logits. It evaluates token ids of one sequence and nothing else."""
+"""One evaluation context: KV cache, positions, logits. It evaluates token ids of its sequences and nothing else."""
 
 from __future__ import annotations
 
@@ -30,11 +30,10 @@ FLASH_ATTN = {
     "on": lib.LLAMA_FLASH_ATTN_TYPE_ENABLED,
     "off": lib.LLAMA_FLASH_ATTN_TYPE_DISABLED,
 }
-_SEQ = 0
 
 
 class Context:
-    """Owner of one ``llama_context`` with a single sequence.
+    """Owner of one ``llama_context``.
 
     Args:
         model: Stays referenced as long as the context lives.
@@ -45,6 +44,7 @@ class Context:
         cache_type: Key of ``CACHE_TYPES``.
         act_quant: Key of ``ACT_QUANT_LEVELS``; other models than DeepSeek-V4 ignore it.
         flash_attn: Key of ``FLASH_ATTN``.
+        n_seq_max: Sequences, numbered from 0; each holds up to `n_ctx` tokens.
     """
 
     def __init__(
@@ -56,8 +56,9 @@ class Context:
         n_ubatch: int,
         n_threads: int,
         cache_type: str,
-        act_quant: str,
-        flash_attn: str,
+        act_quant: str = "cache",
+        flash_attn: str = "auto",
+        n_seq_max: int = 1,
     ) -> None:
         for name, choice, choices in (
             ("cache_type", cache_type, CACHE_TYPES),
@@ -73,17 +74,26 @@ class Context:
             ("n_batch", n_batch),
             ("n_ubatch", n_ubatch),
             ("n_threads", n_threads),
+            ("n_seq_max", n_seq_max),
         ):
             if not 1 <= value < 2**31:
                 raise ArgumentError(
                     "creating a context", key=name, found=value, expected="a number from 1 to 2^31-1"
                 )
+        if cache_type == "q8_0" and flash_attn == "off":
+            raise ArgumentError(
+                "creating a context",
+                key="flash_attn",
+                found="'off' with cache_type 'q8_0'",
+                expected="'on' or 'auto'",
+                hint="The engine reads a quantised cache only in flash attention.",
+            )
         self._model = model
         params = lib.llama_context_default_params()
-        params.n_ctx = n_ctx
+        params.n_ctx = n_ctx * n_seq_max  # the engine divides it among the sequences
         params.n_batch = min(n_batch, n_ctx)
         params.n_ubatch = min(n_ubatch, params.n_batch)
-        params.n_seq_max = 1
+        params.n_seq_max = n_seq_max
         params.n_threads = params.n_threads_batch = n_threads
         params.type_k = params.type_v = CACHE_TYPES[cache_type]
         params.act_quant = ACT_QUANT_LEVELS[act_quant]
@@ -105,7 +115,7 @@ class Context:
         self.n_vocab = model.n_vocab
         self.n_batch = int(lib.llama_n_batch(pointer))
         self.n_ctx = n_ctx
-        self._n_tokens = 0
+        self._n_tokens = [0] * n_seq_max
         self._logits: npt.NDArray[np.float32] | None = None
 
     @property
@@ -116,8 +126,8 @@ class Context:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens in the cache; also the position of the next one."""
-        return self._n_tokens
+        """Tokens in the cache of sequence 0; also the position of the next one."""
+        return self._n_tokens[0]
 
     @property
     def logits(self) -> npt.NDArray[np.float32]:
@@ -138,17 +148,20 @@ class Context:
         return self._logits is not None
 
     def clear(self) -> None:
-        """Forget all tokens."""
+        """Forget all tokens of all sequences."""
         lib.llama_memory_clear(lib.llama_get_memory(self.pointer), True)
-        self._n_tokens = 0
+        self._n_tokens = [0] * len(self._n_tokens)
         self._logits = None
 
-    def decode(self, ids: Sequence[int], *, all_logits: bool = False) -> npt.NDArray[np.float32] | None:
-        """Evaluate token ids at the end of the sequence.
+    def decode(
+        self, ids: Sequence[int], *, all_logits: bool = False, seq: int = 0
+    ) -> npt.NDArray[np.float32] | None:
+        """Evaluate token ids at the end of a sequence.
 
         Args:
             ids: Token ids in ``range(n_vocab)``.
             all_logits: Return the logits of every position.
+            seq: Number of the sequence.
 
         Returns:
             ``(len(ids), n_vocab) float32`` with `all_logits`, else None; ``logits`` has the last row.
@@ -156,15 +169,16 @@ class Context:
         Raises:
             ArgumentError: An id is out of range; nothing was changed.
             ContextFullError: No room; nothing was changed.
-            CancelledError, InferenceError, MemoryLimitError: the sequence was cleared.
+            CancelledError, InferenceError, MemoryLimitError: all sequences were cleared.
         """
         array = self._check_ids(ids)
         if array.size == 0:
             return np.empty((0, self.n_vocab), np.float32) if all_logits else None
-        if self._n_tokens + array.size > self.n_ctx:
+        n_tokens = self._n_tokens[seq]
+        if n_tokens + array.size > self.n_ctx:
             raise ContextFullError(
-                f"evaluating {array.size} tokens after {self._n_tokens}",
-                found=f"{self._n_tokens + array.size} tokens",
+                f"evaluating {array.size} tokens after {n_tokens}",
+                found=f"{n_tokens + array.size} tokens",
                 expected=f"at most n_ctx = {self.n_ctx}",
                 hint="Open the model with a larger n_ctx, shorten the text, or reset().",
             )
@@ -174,7 +188,7 @@ class Context:
                 chunk = array[start : start + self.n_batch]
                 is_last = start + chunk.size == array.size
                 outputs = lib.PYL_OUTPUTS_ALL if all_logits else int(is_last)  # PYL_OUTPUTS_LAST is 1
-                self._decode_chunk(chunk, outputs)
+                self._decode_chunk(chunk, outputs, seq)
                 if rows is not None:
                     for i in range(chunk.size):
                         self._copy_logits(i, rows[start + i])
@@ -211,12 +225,17 @@ class Context:
             )
         return np.ascontiguousarray(wide, dtype=np.int32)
 
-    def _decode_chunk(self, chunk: npt.NDArray[np.int32], outputs: int) -> None:
+    def _decode_chunk(self, chunk: npt.NDArray[np.int32], outputs: int, seq: int) -> None:
         op = f"evaluating {chunk.size} tokens"
 
         def work() -> int:
             status = lib.pyl_decode(
-                self.pointer, ffi.from_buffer("int32_t[]", chunk), chunk.size, self._n_tokens, _SEQ, outputs
+                self.pointer,
+                ffi.from_buffer("int32_t[]", chunk),
+                chunk.size,
+                self._n_tokens[seq],
+                seq,
+                outputs,
             )
             return check(status, op)
 
@@ -224,7 +243,7 @@ class Context:
             work()  # one token is short: a thread switch would cost more than it saves
         else:
             run_cancellable(work, self._monitor)
-        self._n_tokens += chunk.size
+        self._n_tokens[seq] += chunk.size
 
     def _copy_logits(self, index: int, out: npt.NDArray[np.float32]) -> None:
         status = lib.pyl_logits_copy(self.pointer, index, ffi.from_buffer("float[]", out), self.n_vocab)
@@ -232,25 +251,33 @@ class Context:
 
     # --- state ---
 
-    def save_state(self) -> bytes:
-        """Return the sequence's cache as bytes, for ``restore_state`` on a context of the same shape and level."""
-        n = int(lib.llama_state_seq_get_size(self.pointer, _SEQ))
+    def save_state(self, seq: int = 0) -> bytes:
+        """Return a sequence's cache as bytes, for ``restore_state`` on a context of the same model and options."""
+        n = int(lib.llama_state_seq_get_size(self.pointer, seq))
         buffer = bytearray(n)
-        written = lib.llama_state_seq_get_data(self.pointer, ffi.from_buffer("uint8_t[]", buffer), n, _SEQ)
+        written = lib.llama_state_seq_get_data(self.pointer, ffi.from_buffer("uint8_t[]", buffer), n, seq)
         if n == 0 or written != n:
             raise StateError("saving the state failed", found=f"{written} bytes", expected=f"{n} bytes")
         return bytes(buffer)
 
-    def restore_state(self, state: bytes, n_tokens: int) -> None:
-        """Put back what ``save_state`` returned when the sequence had `n_tokens` tokens. Logits are not part of it.
+    def restore_state(
+        self,
+        state: bytes | memoryview,
+        n_tokens: int,
+        seq: int = 0,
+        *,
+        logits: npt.NDArray[np.float32] | None = None,
+    ) -> None:
+        """Put back what ``save_state`` returned when the sequence had `n_tokens` tokens, and `logits` after them.
 
         Raises:
-            StateError: It is damaged, or of another model, cache or level of rounding; the context is empty then.
+            StateError: It is damaged, or of another model, cache or level of rounding; all sequences were cleared.
         """
-        self.clear()
+        lib.llama_memory_seq_rm(lib.llama_get_memory(self.pointer), seq, -1, -1)
+        self._logits = None
         log_tail(clear=True)
         read = lib.llama_state_seq_set_data(
-            self.pointer, ffi.from_buffer("uint8_t[]", state), len(state), _SEQ
+            self.pointer, ffi.from_buffer("uint8_t[]", state), len(state), seq
         )
         if read != len(state):
             self.clear()
@@ -260,7 +287,11 @@ class Context:
                 expected=f"{len(state)} bytes",
                 native_log=log_tail(clear=True),
             )
-        self._n_tokens = n_tokens
+        self._n_tokens[seq] = n_tokens
+        if logits is not None:
+            logits = logits.copy()
+            logits.flags.writeable = False
+        self._logits = logits
 
     def close(self) -> None:
         """Free the cache and the compute buffers. Idempotent."""

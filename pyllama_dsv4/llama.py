@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict, overload
@@ -21,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import chat
-from ._native import lib, logger
+from ._native import build_info, lib, logger, series_digest
 from .chat import ChatPrompt, ChatRequest
 from .chat_engine import ChatEngine
 from .context import Context
@@ -32,6 +33,7 @@ from .model import Model
 from .options import keyword_names, refuse_unknown
 from .sampler import Sampler, SamplingParams
 from .session import Session
+from .state import State, model_fingerprint, read_state, write_state
 from .tokenizer import Tokenizer
 from .warmup import Progress, Warmup, available_bytes, working_set_bytes
 
@@ -119,10 +121,11 @@ class Llama:
         use_mmap: Map the file. Pages are then read when they are needed, and ahead of that by a background thread.
         use_mlock: Keep the model's pages in memory.
         cache_type: Type of the KV cache: ``f32``, ``f16``, ``bf16`` or ``q8_0``.
+        flash_attn: ``"on"``, ``"off"`` or ``"auto"``: attention in one operation, which needs less memory and is
+            faster for long contexts, but rounds to F16 inside.
         act_quant: What is rounded to FP8 and FP4 as DeepSeek's own code does it: ``none``, ``cache`` (rows that are
             kept and the indexer's queries, which the model was trained with) or ``full`` (also the inputs of all
             FP8 and FP4 products). Other models ignore it.
-        flash_attn: ``auto``, ``on`` or ``off``; the CPU's sums values in F16 when it is on.
         seed: Of all sampling that gives none itself; None draws one per generation. Equal seeds give equal text on
             the same build, threads and batch sizes.
         chat_template: Jinja text instead of the file's chat template.
@@ -173,6 +176,8 @@ class Llama:
         self._sampler: Sampler | None = None
         self._is_closed = False
         self._chat_template = chat_template
+        self._cache_type = cache_type
+        self._act_quant = act_quant
         self._seed = SamplingParams(seed=seed).seed  # checked there
         self._replay: OrderedDict[bytes, list[int]] = OrderedDict()
         self.stats = Stats()
@@ -309,6 +314,65 @@ class Llama:
     def warmup(self) -> Warmup | None:
         """The background reader of the file, if one was started."""
         return self._warmup
+
+    # --- saved states ---
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of the model's header and tensor table, 16 hex digits."""
+        return model_fingerprint((shard.path, shard.data_start) for shard in self._report.header.shards)
+
+    def _state_identity(self) -> dict[str, str]:
+        return {
+            "model": self.fingerprint,
+            "engine": build_info()["llama.cpp"],
+            "patches": series_digest(),
+            "cache type": self._cache_type,
+            "act_quant": self._act_quant,
+        }
+
+    def _state(self) -> State:
+        logits = self._context.logits if self._context.has_logits else None
+        return State(self._state_identity(), list(self._session.ids), logits, self._context.save_state())
+
+    def save_state(self) -> bytes:
+        """Return the evaluated tokens, their cache and the logits, for ``load_state``.
+
+        Flash takes about 7 KB a token, and 24 MB for its windows.
+        """
+        with self._use():
+            return self._state().to_bytes()
+
+    def load_state(self, state: bytes | memoryview) -> None:
+        """Put back what ``save_state`` returned, here or in another process with the same model, build and settings.
+
+        Raises:
+            StateError: Damaged, or of another model, build or cache type; nothing was changed. If the engine itself
+                refuses the state, the tokens are forgotten.
+            ContextFullError: It holds more tokens than this context; nothing was changed.
+        """
+        self._load_state(State.from_bytes(state))
+
+    def save_state_file(self, path: str | os.PathLike[str]) -> None:
+        """Write ``save_state`` to a file, which appears complete or not at all.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        with self._use():
+            state = self._state()
+        write_state(path, state)
+
+    def load_state_file(self, path: str | os.PathLike[str]) -> None:
+        """Put back what ``save_state_file`` wrote; errors as ``load_state`` and ``open``."""
+        self._load_state(read_state(path), path)
+
+    def _load_state(self, state: State, path: str | os.PathLike[str] | None = None) -> None:
+        with self._use():
+            state.check_identity(self._state_identity(), path=path)
+            self._check_fits(len(state.ids))
+            self._session.restore(state.ids, state.engine, state.logits)
+            self._drop_sampler()
 
     # --- text ---
 

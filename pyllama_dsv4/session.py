@@ -97,6 +97,18 @@ class Session:
             self.eval(ids[self.n_tokens :])
         return n_cached
 
+    def restore(
+        self, ids: Sequence[int], engine: bytes | memoryview, logits: npt.NDArray[np.float32] | None
+    ) -> None:
+        """Put back a sequence that ``Context.save_state`` gave as `engine` when it held `ids`.
+
+        Raises:
+            StateError: The engine refused the state; the sequence was cleared.
+        """
+        self.reset()
+        self._context.restore_state(engine, len(ids), logits=logits)
+        self._ids = list(ids)
+
     def _reuse(self, ids: Sequence[int]) -> int:
         """Make the cache hold a prefix of `ids`, as long as can be had without evaluating; return its length."""
         n_max = len(ids) - 1  # the logits of the last prompt token are needed

@@ -1,4 +1,5 @@
-// Graph operations of the CPU backend on F8_E4M3_B128 tensors, against double arithmetic on the decoded weights.
+// Graph operations of the CPU backend on F8_E4M3_B128 tensors, against the decoded weights. Products are tested in
+// test-native-products.cpp.
 
 #include "check.h"
 
@@ -54,73 +55,6 @@ static std::vector<float> decoded(const ggml_tensor * t) {
     std::vector<float> y(ggml_nelements(t));
     dsv4_f8_e4m3_b128_dequantize_row(t->data, y.data(), ggml_nelements(t));
     return y;
-}
-
-static float bf16(float x) {
-    return ggml_bf16_to_fp32(ggml_fp32_to_bf16(x));
-}
-
-// w: row of k weights, x: row of k activations; they enter the product rounded to bf16
-static void check_dot(float got, const float * w, const float * x, int64_t k, const char * what) {
-    double want = 0.0, sum_abs = 0.0;
-    for (int64_t i = 0; i < k; i++) {
-        want    += (double) w[i]*bf16(x[i]);
-        sum_abs += fabs((double) w[i]*bf16(x[i]));
-    }
-    const double bound = (double) (8 + k/128)*0x1p-24*sum_abs;
-    CHECK(fabs(got - want) <= bound, "%s: %.9g instead of %.9g", what, got, want);
-}
-
-static void test_mul_mat(int64_t k, int64_t m, int64_t n, int n_threads) {
-    graph g;
-    ggml_tensor * w = g.make(F8, { k, m });
-    ggml_tensor * x = g.make(GGML_TYPE_F32, { k, n });
-    ggml_tensor * y = ggml_mul_mat(g.ctx, w, x); // (m, n)
-    g.compute(y, n_threads);
-    const std::vector<float> wf = decoded(w);
-    for (int64_t j = 0; j < n; j++) {
-        for (int64_t i = 0; i < m; i++) {
-            check_dot(((float *) y->data)[j*m + i], wf.data() + i*k, (float *) x->data + j*k, k, "mul_mat");
-        }
-    }
-}
-
-// wo_a: one projection per group of heads, as a batched product
-static void test_mul_mat_batched() {
-    const int64_t k = 256, m = 5, n = 3, n_groups = 4;
-    graph g;
-    ggml_tensor * w = g.make(F8, { k, m, n_groups });
-    ggml_tensor * x = g.make(GGML_TYPE_F32, { k, n, n_groups });
-    ggml_tensor * y = ggml_mul_mat(g.ctx, w, x); // (m, n, n_groups)
-    g.compute(y, 2);
-    const std::vector<float> wf = decoded(w);
-    for (int64_t b = 0; b < n_groups; b++) {
-        for (int64_t j = 0; j < n; j++) {
-            for (int64_t i = 0; i < m; i++) {
-                check_dot(((float *) y->data)[(b*n + j)*m + i], wf.data() + (b*m + i)*k, (float *) x->data + (b*n + j)*k, k, "batched");
-            }
-        }
-    }
-}
-
-static void test_mul_mat_id() {
-    const int64_t k = 384, m = 7, n_expert = 6, n_used = 2, n_tokens = 9;
-    graph g;
-    ggml_tensor * w = g.make(F8, { k, m, n_expert });
-    ggml_tensor * x = g.make(GGML_TYPE_F32, { k, n_used, n_tokens });
-    ggml_tensor * ids = ggml_new_tensor_2d(g.ctx, GGML_TYPE_I32, n_used, n_tokens);
-    for (int64_t i = 0; i < n_used*n_tokens; i++) {
-        ((int32_t *) ids->data)[i] = (int32_t) (i % 2 == 0 ? rng() % 3 : 3 + rng() % 3);
-    }
-    ggml_tensor * y = ggml_mul_mat_id(g.ctx, w, x, ids); // (m, n_used, n_tokens)
-    g.compute(y, 2);
-    const std::vector<float> wf = decoded(w);
-    for (int64_t i = 0; i < n_used*n_tokens; i++) {
-        const float * we = wf.data() + ((int32_t *) ids->data)[i]*m*k;
-        for (int64_t r = 0; r < m; r++) {
-            check_dot(((float *) y->data)[i*m + r], we + r*k, (float *) x->data + i*k, k, "mul_mat_id");
-        }
-    }
 }
 
 static void test_get_rows() {
@@ -214,14 +148,6 @@ static void test_out_prod() {
 
 int main() {
     ggml_cpu_init();
-    for (int n_threads : { 1, 2 }) {
-        test_mul_mat( 128,  1,  1, n_threads);
-        test_mul_mat( 256, 33,  1, n_threads);
-        test_mul_mat(1024, 16, 17, n_threads);
-        test_mul_mat(4096,  3,  5, n_threads);
-    }
-    test_mul_mat_batched();
-    test_mul_mat_id();
     test_get_rows();
     test_copies();
     test_add();

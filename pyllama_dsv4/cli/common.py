@@ -53,6 +53,7 @@ _LOAD_NAMES: Final = (
     "use_mmap",
     "use_mlock",
     "cache_type",
+    "flash_attn",
     "act_quant",
     "seed",
 )
@@ -119,6 +120,10 @@ def load_options(function: F) -> F:
         option(
             "-ctk", "--cache-type-k", "cache_type", type=click.Choice(CACHE_TYPES), metavar="TYPE",
             default="f16", section=LOAD, help=f"Type of the KV cache, K and V alike: {', '.join(CACHE_TYPES)}.",
+        ),
+        option(
+            "-fa", "--flash-attn", "flash_attn", type=click.Choice(("auto", "on", "off")), metavar="on|off|auto",
+            default="auto", section=LOAD, help="Attention in one operation: faster, with F16 rounding inside.",
         ),
         option(
             "--act-quant", "act_quant", type=click.Choice(ACT_QUANT_LEVELS), metavar="LEVEL", default="cache",

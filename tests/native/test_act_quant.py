@@ -121,7 +121,7 @@ def test_a_state_of_the_whole_context_carries_the_level_too(model: Model) -> Non
         n_read = lib.llama_state_set_data(context.pointer, ffi.from_buffer("uint8_t[]", state), n)
         assert n_read == (n if level == "full" else 0)
         if level == "full":
-            context._n_tokens = len(ids) - 1
+            context._n_tokens = [len(ids) - 1]
             context.decode(ids[-1:])
             logits["restored"] = context.logits
         context.clear()

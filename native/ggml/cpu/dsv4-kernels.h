@@ -1,0 +1,76 @@
+// Inner loops of products with the weights of native files. A row is cut into groups of 128 weights; a group is held as 8 vectors of
+// 16 lanes, in an order that suits the instruction set, and one scale per lane:
+//
+//     s = sum over lanes l of ( sum over groups g of d[g][l] * ( sum over v < 8 of w[g][v][l] * y[g][v][l] ) )
+//
+// with w the codes' values before scaling and y the float32 activations. One weight row with one activation row, and
+// tiles of several, add in this same order: a token's result does not depend on what else is in its batch. Owns decoding
+// and summing; leaves threads, batches and experts to dsv4-product.c.
+
+#pragma once
+
+#include "ggml.h"
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum {
+    DSV4_GROUP = 128, // weights
+    DSV4_LANES = 16,
+    DSV4_VECS  = DSV4_GROUP/DSV4_LANES,
+    DSV4_ROWS  = 4,   // weight rows of a tile
+    DSV4_COLS  = 4,   // activation rows of a tile at most
+};
+
+// { F(0, 0), F(0, 1), ... F(7, 15) }: a table with an entry for every lane of every vector
+#define DSV4_VEC_ORDER(F, v) \
+    F(v, 0), F(v, 1), F(v, 2), F(v, 3), F(v, 4), F(v, 5), F(v, 6), F(v, 7), \
+    F(v, 8), F(v, 9), F(v, 10), F(v, 11), F(v, 12), F(v, 13), F(v, 14), F(v, 15)
+#define DSV4_GROUP_ORDER(F) \
+    { DSV4_VEC_ORDER(F, 0), DSV4_VEC_ORDER(F, 1), DSV4_VEC_ORDER(F, 2), DSV4_VEC_ORDER(F, 3), \
+      DSV4_VEC_ORDER(F, 4), DSV4_VEC_ORDER(F, 5), DSV4_VEC_ORDER(F, 6), DSV4_VEC_ORDER(F, 7) }
+
+struct dsv4_kernels {
+    // (128) which weight of the group is in lane l of vector v: order[v*16 + l]
+    const uint8_t * order;
+
+    // *s = x * y. x: blocks of one row of n weights; y: (n_groups, 8, 16) in the order above, padded with zeros.
+    void (*dot)(int64_t n, const void * x, const float * y, float * s);
+
+    // x: blocks of one row of n weights -> w: (n_groups, 8, 16) values before scaling, d: (n_groups, 16) scales.
+    // A last group that is not full is padded with zeros.
+    void (*decode)(int64_t n, const void * x, float * w, float * d);
+
+    // s[c][r] = row r of w times y[c], for DSV4_ROWS rows and n_cols <= DSV4_COLS columns. w: (DSV4_ROWS, n_groups, 8, 16),
+    // d: (DSV4_ROWS, n_groups, 16), y[c]: (n_groups, 8, 16).
+    void (*tile)(int64_t n_groups, const float * w, const float * d, const float * const * y, int n_cols, float (*s)[DSV4_ROWS]);
+};
+
+static inline int64_t dsv4_n_groups(int64_t n) {
+    return (n + DSV4_GROUP - 1)/DSV4_GROUP;
+}
+
+// Halves the lanes until one sum is left, the same way everywhere.
+static inline float dsv4_sum_lanes(float * lanes) {
+    for (int half = DSV4_LANES/2; half > 0; half /= 2) {
+        for (int l = 0; l < half; l++) {
+            lanes[l] += lanes[l + half];
+        }
+    }
+    return lanes[0];
+}
+
+// The fastest kernels of this CPU for GGML_TYPE_F8_E4M3_B128, MXFP4 or BF16; NULL for other types.
+const struct dsv4_kernels * dsv4_kernels_for(enum ggml_type type);
+
+// For tests: those without instructions beyond the compiler's options, and those for AVX-512 with VBMI (NULL where the
+// CPU or the compiler has none).
+const struct dsv4_kernels * dsv4_kernels_portable(enum ggml_type type);
+const struct dsv4_kernels * dsv4_kernels_avx512(enum ggml_type type);
+
+#ifdef __cplusplus
+}
+#endif
