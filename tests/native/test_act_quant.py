@@ -108,6 +108,30 @@ def test_a_state_of_another_level_is_refused(model: Model, saved: str, own: str)
     second.close()
 
 
+def test_a_state_of_the_whole_context_carries_the_level_too(model: Model) -> None:
+    ids = IDS[:100]  # a full window is put back in another order, and other sums would flip roundings
+    contexts = {level: make_context(model, level) for level in ACT_QUANT_LEVELS}
+    source = contexts["full"]
+    source.decode(ids[:-1])
+    n = lib.llama_state_get_size(source.pointer)
+    state = bytearray(n)
+    assert lib.llama_state_get_data(source.pointer, ffi.from_buffer("uint8_t[]", state), n) == n
+    logits = {}
+    for level, context in contexts.items():
+        n_read = lib.llama_state_set_data(context.pointer, ffi.from_buffer("uint8_t[]", state), n)
+        assert n_read == (n if level == "full" else 0)
+        if level == "full":
+            context._n_tokens = [len(ids) - 1]
+            context.decode(ids[-1:])
+            logits["restored"] = context.logits
+        context.clear()
+    source.decode(ids[:-1])
+    source.decode(ids[-1:])
+    assert np.array_equal(source.logits, logits["restored"])
+    for context in contexts.values():
+        context.close()
+
+
 def test_a_state_without_a_level_is_refused(model: Model) -> None:
     context = make_context(model, "cache")
     context.decode(IDS)
