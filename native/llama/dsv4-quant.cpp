@@ -19,6 +19,10 @@ dsv4_quant_job * dsv4_current_quant_job(void) {
     return t_job;
 }
 
+bool dsv4_quant_allows(const std::string & name) {
+    return name.find("hc_") == std::string::npos && name.find("_ape.") == std::string::npos;
+}
+
 static std::string output_name(const char * name) {
     return t_job && t_job->output() == DSV4_FORM_NATIVE ? dsv4_upstream_to_native(name) : name;
 }
@@ -71,7 +75,7 @@ void dsv4_quant_wrote(const std::ostream & out, size_t n_bytes) {
     if (!t_job) {
         return;
     }
-    if (!out) { // upstream throws for failbit only; a full disk sets badbit
+    if (!out) { // a full disk sets badbit, upstream's stream throws for failbit: when it is closed
         throw std::runtime_error("the output cannot be written");
     }
     t_job->n_bytes_done += n_bytes;

@@ -54,6 +54,10 @@ dsv4_quant_job * dsv4_current_quant_job(void);
 
 // --- called from llama-quant.cpp ---
 
+// Whether a tensor of DeepSeek-V4 may be quantised: not what the checkpoint has in F32, the parameters of the
+// hyper-connections and the positional tables of the compressors. They are 0.1 % of the model.
+bool dsv4_quant_allows(const std::string & name);
+
 // Give the output the keys of its dialect. metadata: the input's keys as the loader left them.
 void dsv4_quant_keys(struct gguf_context * metadata);
 
