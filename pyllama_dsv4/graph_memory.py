@@ -47,6 +47,8 @@ class BatchShape:
         n_hca: Rows of the caches of ratio 128.
         cache_value_bytes: Bytes of a value in the caches.
         is_cache_quantized: The engine then rotates what it caches.
+        rounds_cache: What is cached, and the indexer's queries, are rounded before.
+        rounds_inputs: The inputs of FP8 and FP4 products are rounded.
     """
 
     n_tokens: int
@@ -56,6 +58,8 @@ class BatchShape:
     n_hca: int
     cache_value_bytes: float
     is_cache_quantized: bool
+    rounds_cache: bool = False
+    rounds_inputs: bool = False
 
 
 class _Tensor:
@@ -209,7 +213,9 @@ class _Builder:
         self.b = batch
         self.t = batch.n_tokens
         self.g = _Graph()
-        self.rotates = batch.is_cache_quantized and hp.head_dim % 64 == 0
+        # the engine takes every cache for the indexer's where the heads have the same size
+        is_like_index = hp.head_dim == hp.indexer_head_dim
+        self.rotates = is_like_index or (batch.is_cache_quantized and hp.head_dim % 64 == 0)
 
     def build(self) -> _Graph:
         g, hp, t = self.g, self.hp, self.t
@@ -242,7 +248,7 @@ class _Builder:
             if ratio == _CSA:
                 if not has_csa:
                     self.csa = self._compressor_inputs(_CSA, hp.head_dim, self.rotates)
-                    self.lid = self._compressor_inputs(_CSA, hp.indexer_head_dim, True)
+                    self.lid = self._compressor_inputs(_CSA, hp.indexer_head_dim, True, is_index=True)
                 self.zeros.append(g.input(1, self._n_selected(), t, value_bytes=_F16))
                 if not has_csa:
                     self.lid_mask = g.input(b.n_csa, t, value_bytes=_F16)
@@ -258,7 +264,9 @@ class _Builder:
     def _n_selected(self) -> int:
         return min(self.hp.indexer_top_k, self.b.n_csa)
 
-    def _compressor_inputs(self, ratio: int, head_dim: int, rotates: bool) -> _CompressorInputs:
+    def _compressor_inputs(
+        self, ratio: int, head_dim: int, rotates: bool, *, is_index: bool = False
+    ) -> _CompressorInputs:
         g = self.g
         n_blocks = self.t // ratio + 1
         n_kept = min(self.t, ratio * (2 if ratio == _CSA else 1))
@@ -272,6 +280,7 @@ class _Builder:
             kept=g.input(n_kept),
             kept_targets=g.input(n_kept),
             rotation=g.input(_rotation_size(head_dim), _rotation_size(head_dim)) if rotates else None,
+            is_index=is_index,
         )
 
     # --- hyper-connections ---
@@ -301,6 +310,14 @@ class _Builder:
         x = self.g.same(x, x)
         return self.g.same(x, x)
 
+    def _rounded(self, x: _Tensor) -> _Tensor:
+        """Round a row that is cached; the operation never works in place."""
+        return self.g.new(x.shape, x) if self.b.rounds_cache else x
+
+    def _input(self, x: _Tensor) -> _Tensor:
+        """Round the input of an FP8 or FP4 product; several products of one input share it."""
+        return self.g.new(x.shape, x) if self.b.rounds_inputs else x
+
     # --- attention ---
 
     def _attention(self, cur: _Tensor, ratio: int) -> _Tensor:
@@ -311,14 +328,15 @@ class _Builder:
         elif ratio == _HCA:
             self._compress(cur, self.hca, _HCA, hp.head_dim)
 
-        low = self._norm(g.new((hp.q_lora_rank, t), cur))
+        cur_in = self._input(cur)
+        low = self._input(self._norm(g.new((hp.q_lora_rank, t), cur_in)))
         heads = (hp.head_dim, hp.n_head, t)
         q = g.new(heads, _View(g.new((hp.n_head * hp.head_dim, t), low)))
         q = g.same(q, q, self.positions)
         if self.rotates:
             q = g.new((hp.head_dim, hp.n_head * t), self.raw_rotation, _View(q))
-        kv = self._norm(g.new((hp.head_dim, t), cur))
-        kv = g.new((hp.head_dim, 1, t), _View(kv), self.positions)
+        kv = self._norm(g.new((hp.head_dim, t), cur_in))
+        kv = self._rounded(g.new((hp.head_dim, 1, t), _View(kv), self.positions))
         if self.rotates:
             kv = g.new((hp.head_dim, t), self.raw_rotation, _View(kv))
         g.store(_View(kv), self.raw_rows)
@@ -340,7 +358,7 @@ class _Builder:
             out = g.new((hp.head_dim, hp.n_head * t), self.raw_rotation, _View(out))
         out = g.new(heads, _View(out), self.positions)
         low = g.new((hp.o_lora_rank, t, hp.o_groups), _View(out))
-        low = g.new((hp.o_lora_rank * hp.o_groups, t), _View(low))
+        low = self._input(g.new((hp.o_lora_rank * hp.o_groups, t), _View(low)))
         return g.new((hp.n_embd, t), low)
 
     def _cast_keys(self, n_rows: int, *reads: _View) -> tuple[_Tensor, _Tensor]:
@@ -357,6 +375,8 @@ class _Builder:
         q = g.new((hp.indexer_head_dim, hp.indexer_n_head, t), _View(q), self.positions)
         assert self.lid.rotation is not None
         q = g.new((hp.indexer_head_dim, hp.indexer_n_head * t), self.lid.rotation, _View(q))
+        if b.rounds_cache:
+            q = g.new(q.shape, _View(q))
         weights = g.new((hp.indexer_n_head, t), cur)
         weights = g.same(weights, weights)
         score = g.new((b.n_csa, t), _View(q), _View(weights), self.lid_mask)
@@ -380,8 +400,12 @@ class _Builder:
         row = g.new((head_dim, 1, inp.n_blocks), _View(row))
         row = self._norm(row)
         row = g.same(row, row, inp.positions)
+        if not inp.is_index:
+            row = self._rounded(row)
         if inp.rotation is not None:
             row = g.new((head_dim, inp.n_blocks), inp.rotation, _View(row))
+        if inp.is_index:
+            row = self._rounded(row)
         g.store(_View(row), inp.targets)
         for state in (kv, score):
             g.store(g.new((width, inp.n_kept), state, inp.kept), inp.kept_targets)
@@ -423,10 +447,15 @@ class _Builder:
         share = g.new(used, _View(share), total)
         share = g.new((1, *used), _View(share))
         inner = (hp.n_ff_exp, *used)
+        cur = self._input(cur)
         gate = g.new(inner, _View(cur), chosen)
         up = g.new(inner, _View(cur), chosen)
-        down = g.new((hp.n_embd, *used), g.new(inner, gate, up), chosen)
-        down = g.same(down, down, share)
+        hidden = g.new(inner, gate, up)
+        if self.b.rounds_inputs:  # an expert's share is multiplied in before its output matrix
+            hidden = self._input(g.same(hidden, hidden, share))
+        down = g.new((hp.n_embd, *used), hidden, chosen)
+        if not self.b.rounds_inputs:
+            down = g.same(down, down, share)
         out = g.new((hp.n_embd, t), _View(down), _View(down)) if hp.n_expert_used > 1 else down
         for _ in range(hp.n_expert_used - 2):
             out = g.same(out, out, _View(down))
@@ -434,7 +463,7 @@ class _Builder:
         shared = (hp.n_ff_exp * hp.n_expert_shared, t)
         gate = g.new(shared, cur)
         up = g.new(shared, cur)
-        shared_out = g.new((hp.n_embd, t), g.new(shared, gate, up))
+        shared_out = g.new((hp.n_embd, t), self._input(g.new(shared, gate, up)))
         out = g.same(out, out, shared_out)
         return g.new(stream.shape, out, stream, post, comb)
 
@@ -472,3 +501,4 @@ class _CompressorInputs:
     kept: _Tensor
     kept_targets: _Tensor
     rotation: _Tensor | None
+    is_index: bool

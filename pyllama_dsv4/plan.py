@@ -291,6 +291,7 @@ def plan_model(
     n_batch: int | None = None,
     n_ubatch: int = N_UBATCH_DEFAULT,
     cache_type: str = "f16",
+    act_quant: Literal["none", "cache", "full"] = "none",
     is_mapped: bool = True,
     gpu_bytes: Sequence[int] = (),
     n_gpu_layers: int | None = None,
@@ -308,6 +309,7 @@ def plan_model(
         n_batch: Tokens per call at most; None takes `n_ubatch`.
         n_ubatch: Tokens evaluated at once.
         cache_type: Key of ``CACHE_BYTES``.
+        act_quant: What is rounded as in DeepSeek's own code: nothing, rows that are cached, or inputs of products too.
         is_mapped: The file is mapped and not locked in memory.
         gpu_bytes: Memory of each GPU.
         n_gpu_layers: Layers on GPUs, from the last to the first, the output layer counting as one; negative means
@@ -324,6 +326,8 @@ def plan_model(
     """
     if cache_type not in CACHE_BYTES:
         raise _bad_argument("cache_type", repr(cache_type), ", ".join(CACHE_BYTES))
+    if act_quant not in ("none", "cache", "full"):
+        raise _bad_argument("act_quant", repr(act_quant), "none, cache, full")
     for name, value in (("n_ctx", n_ctx), ("n_batch", n_batch), ("n_ubatch", n_ubatch)):
         if value is not None and not 1 <= value < 2**31:
             raise _bad_argument(name, value, "a number from 1 to 2^31-1")
@@ -335,7 +339,7 @@ def plan_model(
         if rate is not None and not rate > 0:
             raise _bad_argument(name, rate, "more than 0 bytes per second")
     batch = min(n_ubatch, n_batch or n_ubatch, n_ctx)
-    sizes = _Sizes.of(report, n_ctx, batch, cache_type)
+    sizes = _Sizes.of(report, n_ctx, batch, cache_type, act_quant)
     layout = _Layout(
         sizes,
         gpu_bytes=tuple(gpu_bytes),
@@ -400,11 +404,11 @@ class _Sizes:
     token_input: int
 
     @classmethod
-    def of(cls, report: HeaderReport, n_ctx: int, batch: int, cache_type: str) -> _Sizes:
+    def of(cls, report: HeaderReport, n_ctx: int, batch: int, cache_type: str, act_quant: str) -> _Sizes:
         header, hp = report.header, report.hparams
         n_cells = padded(n_ctx, _CELLS)
         if hp is not None:
-            shape = _batch_shape(hp, n_cells, batch, cache_type)
+            shape = _batch_shape(hp, n_cells, batch, cache_type, act_quant)
             caches = [_v4_cache(hp, ratio, shape) for ratio in hp.compress_ratios[: hp.n_layer]]
             compute = compute_bytes(hp, shape)
             n_used, n_expert = hp.n_expert_used, hp.n_expert
@@ -461,7 +465,7 @@ def _row_bytes(tensor: Tensor) -> int:
     return tensor.type.n_bytes(tensor.dims[0])
 
 
-def _batch_shape(hp: HParams, n_cells: int, batch: int, cache_type: str) -> BatchShape:
+def _batch_shape(hp: HParams, n_cells: int, batch: int, cache_type: str, act_quant: str) -> BatchShape:
     def rows(ratio: int) -> int:
         return padded(max(1, -(-n_cells // ratio)), _CELLS)
 
@@ -473,6 +477,8 @@ def _batch_shape(hp: HParams, n_cells: int, batch: int, cache_type: str) -> Batc
         n_hca=rows(128),
         cache_value_bytes=CACHE_BYTES[cache_type],
         is_cache_quantized=cache_type == "q8_0",
+        rounds_cache=act_quant != "none",
+        rounds_inputs=act_quant == "full",
     )
 
 

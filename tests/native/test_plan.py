@@ -10,11 +10,14 @@ import pytest
 from gguf_writer import FLASH, PRO, native_v4
 
 from pyllama_dsv4 import Llama, errors
+from pyllama_dsv4 import context as contexts
 from pyllama_dsv4._native import drain_log, encode_path, ffi, lib
 from pyllama_dsv4.context import CACHE_TYPES
 from pyllama_dsv4.plan import plan_file
 
 TOLERANCE = 0.05
+# what this build of the engine can round; one that cannot rounds nothing
+LEVELS: dict[str, Any] = getattr(contexts, "ACT_QUANT_LEVELS", {"none": None})
 
 
 class Reservation:
@@ -30,7 +33,9 @@ class Reservation:
         self._model = lib.pyl_model_load(encode_path(path), params, ffi.NULL)
         assert self._model != ffi.NULL, drain_log()
 
-    def memory(self, *, n_ctx: int, n_ubatch: int = 512, cache_type: str = "f16") -> tuple[int, int, int]:
+    def memory(
+        self, *, n_ctx: int, n_ubatch: int = 512, cache_type: str = "f16", act_quant: str = "none"
+    ) -> tuple[int, int, int]:
         """Return bytes of weights, caches and compute buffer."""
         params = lib.llama_context_default_params()
         params.n_ctx = n_ctx
@@ -38,6 +43,8 @@ class Reservation:
         params.n_seq_max = 1
         params.type_k = params.type_v = CACHE_TYPES[cache_type]
         params.swa_full = False
+        if LEVELS[act_quant] is not None:
+            params.act_quant = LEVELS[act_quant]
         context = lib.pyl_context_init(self._model, params, ffi.NULL)
         assert context != ffi.NULL, drain_log()
         entries = ffi.new("struct pyl_memory[4]")
@@ -87,6 +94,16 @@ def test_batches_of_other_sizes(reservations: dict[str, Reservation], n_ubatch: 
     _, cache, compute = reserved.memory(n_ctx=n_ctx, n_ubatch=n_ubatch)
     host = plan_file(reserved.path, n_ctx=n_ctx, n_ubatch=n_ubatch).host
     assert (host.cache, host.compute) == pytest.approx((cache, compute), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("model", ["tiny", "flash"])
+@pytest.mark.parametrize("act_quant", LEVELS)
+def test_rounded_activations(reservations: dict[str, Reservation], model: str, act_quant: Any) -> None:
+    reserved = reservations[model]
+    for n_ctx in (512, 65536):
+        _, _, compute = reserved.memory(n_ctx=n_ctx, act_quant=act_quant)
+        planned = plan_file(reserved.path, n_ctx=n_ctx, act_quant=act_quant).host.compute
+        assert planned == pytest.approx(compute, rel=TOLERANCE)
 
 
 def test_an_open_model_takes_what_was_planned(tiny_model: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,7 @@ def test_the_plan_is_json(flash: Path) -> None:
     ("options", "key"),
     [
         ({"cache_type": "q4_0"}, "cache_type"),
+        ({"act_quant": "some"}, "act_quant"),
         ({"n_ctx": 0}, "n_ctx"),
         ({"n_ubatch": 0}, "n_ubatch"),
         ({"bandwidth": 0.0}, "bandwidth"),
@@ -280,6 +282,12 @@ def test_the_buffer_grows_with_the_batch_and_the_context() -> None:
         return compute_bytes(FLASH, BatchShape(n_tokens, n_tokens, raw, csa, hca, 2.0, False))
 
     assert n_bytes(1, 65536) < n_bytes(64, 65536) < n_bytes(512, 65536) < n_bytes(512, 1 << 20)
+
+
+def test_rounded_inputs_take_memory() -> None:
+    plain = BatchShape(512, 512, 768, 2048, 256, 2.0, False)
+    rounded = replace(plain, rounds_cache=True, rounds_inputs=True)
+    assert compute_bytes(FLASH, rounded) > compute_bytes(FLASH, plain)
 
 
 def test_bandwidth_is_measured() -> None:
