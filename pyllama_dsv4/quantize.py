@@ -62,7 +62,7 @@ _ALIASES: Final = {
 }
 _RELEASED_TYPES: Final = frozenset({"F8_E4M3_B128", "MXFP4"})
 """What the checkpoint itself is in: quantising from these loses no more than from F16."""
-_MAX_BUFFER_BYTES: Final = 1 << 30
+_MAX_BUFFER_BYTES: Final = 256 << 20
 """Rows of one tensor that are in memory at once, in all forms together."""
 _SUM_SUFFIX: Final = ".in_sum2"
 _COUNT_SUFFIX: Final = ".counts"

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gguf_writer import FLASH, FLASH_FILE_BYTES, Gguf, Tensor, flash_file, native_v4, upstream_v4
+from gguf_writer import FLASH, FLASH_FILE_BYTES, PRO, TINY, Gguf, Tensor, flash_file, native_v4, upstream_v4
 
 from pyllama_dsv4.errors import ArgumentError, MemoryLimitError
 from pyllama_dsv4.gguf_types import FILE_TYPES
 from pyllama_dsv4.graph_memory import BatchShape, compute_bytes
 from pyllama_dsv4.machine import read_bandwidth
 from pyllama_dsv4.plan import Plan, plan_file
+from pyllama_dsv4.tensors import HParams
 
 GIB = 1 << 30
 INVENTORY = Path(__file__).parents[1] / "data" / "flash-tensors.tsv"
@@ -67,6 +68,31 @@ def test_bytes_per_token_of_flash(flash: Path, n_ctx: int) -> None:
     cache = 2 * (512 * (n_window + 21 * n_csa + 20 * n_hca) + 128 * 21 * n_csa)
     assert token.cache == pytest.approx(cache, rel=0.02)
     assert token.total == pytest.approx(sum(counted.values()) + cache, rel=0.02)
+
+
+@pytest.mark.parametrize("hp", [TINY, PRO], ids=["tiny", "pro"])
+@pytest.mark.parametrize("n_ctx", [512, 65536, 1048576])
+def test_bytes_per_token_of_other_dimensions(tmp_path: Path, hp: HParams, n_ctx: int) -> None:
+    """Counted from the tensors that the test's own writer lays out."""
+    model = native_v4(hp, n_tokens=None)
+    dense = experts = 0.0
+    for tensor in model.tensors:
+        name = str(tensor.name)
+        if "_exps" in name:
+            experts += tensor.n_bytes * hp.n_expert_used / hp.n_expert
+        elif name == "token_embd.weight" or "tid2eid" in name:
+            dense += tensor.n_bytes / tensor.dims[1]
+        else:
+            dense += tensor.n_bytes
+    ratios = hp.compress_ratios[: hp.n_layer]
+    n_csa, n_hca = max(n_ctx // 4, 256), max(n_ctx // 128, 256)
+    n_window = len(ratios) * min(n_ctx, 768)
+    rows = n_window + ratios.count(4) * n_csa + ratios.count(128) * n_hca
+    cache = 2 * (hp.head_dim * rows + hp.indexer_head_dim * ratios.count(4) * n_csa)
+    token = plan_file(model.write(tmp_path / "model.gguf"), n_ctx=n_ctx).token
+    assert (token.dense + token.head, token.experts, token.cache) == pytest.approx(
+        (dense, experts, cache), rel=0.02
+    )
 
 
 def test_the_design_figures(flash: Path) -> None:
