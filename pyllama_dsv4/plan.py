@@ -415,7 +415,7 @@ class _Sizes:
         else:
             other = _OtherModel(header)
             caches = [other.cache(il, n_cells, CACHE_BYTES[cache_type]) for il in range(other.n_layer)]
-            compute = other.compute(batch)
+            compute = other.compute(batch, n_cells)
             n_used, n_expert = other.n_expert_used, other.n_expert
         return cls._sum(header, caches, compute, n_used, n_expert)
 
@@ -535,14 +535,15 @@ class _OtherModel:
         n = int(n_cells * n_head_kv * width * value_bytes)
         return n, n
 
-    def compute(self, batch: int) -> int:
-        """Return the larger of the head's and a layer's activations, in F32."""
+    def compute(self, batch: int, n_cells: int) -> int:
+        """Return the larger of the head's and a layer's activations in F32, and the mask of a batch in F16."""
         embd = self._header.tensor("token_embd.weight")
         n_vocab = embd.dims[1] if embd is not None and len(embd.dims) > 1 else 0
         inner = max(
             self._int("feed_forward_length"), self._int("expert_feed_forward_length") * self.n_expert_used
         )
-        return 4 * batch * (2 * self._n_embd + max(n_vocab, 5 * self._n_embd + 2 * inner))
+        values = 2 * self._n_embd + max(n_vocab, 5 * self._n_embd + 2 * inner)
+        return batch * (4 * values + 2 * n_cells)
 
 
 # --- placement ------------------------------------------------------------------------------------

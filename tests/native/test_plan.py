@@ -119,6 +119,18 @@ def test_an_open_model_takes_what_was_planned(tiny_model: Path) -> None:
         assert llm.plan.line().startswith("needs ")
 
 
+@pytest.mark.parametrize("n_ctx", [64, 4096, 65536])
+def test_estimates_for_another_architecture(n_ctx: int) -> None:
+    """The cache of a model that attends over everything is exact, the buffer within a factor of two."""
+    reserved = Reservation(Path(__file__).parents[1] / "data" / "stock-q2_0.gguf")
+    weights, cache, compute = reserved.memory(n_ctx=n_ctx)
+    reserved.close()
+    plan = plan_file(reserved.path, n_ctx=n_ctx)
+    assert plan.is_estimate
+    assert (plan.host.weights, plan.host.cache) == pytest.approx((weights, cache), rel=TOLERANCE)
+    assert compute / 2 < plan.host.compute < compute * 2
+
+
 @pytest.mark.parametrize(
     ("options", "key"),
     [({"n_ctx": 1 << 20, "n_ubatch": 2048, "n_batch": 2048}, "n_ctx"), ({"use_mmap": False}, "use_mmap")],
