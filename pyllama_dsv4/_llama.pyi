@@ -57,6 +57,44 @@ class _Lib:
     LLAMA_FLASH_ATTN_TYPE_AUTO: int
     LLAMA_FLASH_ATTN_TYPE_DISABLED: int
     LLAMA_FLASH_ATTN_TYPE_ENABLED: int
+    LLAMA_FTYPE_ALL_F32: int
+    LLAMA_FTYPE_GUESSED: int
+    LLAMA_FTYPE_MOSTLY_BF16: int
+    LLAMA_FTYPE_MOSTLY_F16: int
+    LLAMA_FTYPE_MOSTLY_F8_E4M3_MXFP4: int
+    LLAMA_FTYPE_MOSTLY_IQ1_M: int
+    LLAMA_FTYPE_MOSTLY_IQ1_S: int
+    LLAMA_FTYPE_MOSTLY_IQ2_M: int
+    LLAMA_FTYPE_MOSTLY_IQ2_S: int
+    LLAMA_FTYPE_MOSTLY_IQ2_XS: int
+    LLAMA_FTYPE_MOSTLY_IQ2_XXS: int
+    LLAMA_FTYPE_MOSTLY_IQ3_M: int
+    LLAMA_FTYPE_MOSTLY_IQ3_S: int
+    LLAMA_FTYPE_MOSTLY_IQ3_XS: int
+    LLAMA_FTYPE_MOSTLY_IQ3_XXS: int
+    LLAMA_FTYPE_MOSTLY_IQ4_NL: int
+    LLAMA_FTYPE_MOSTLY_IQ4_XS: int
+    LLAMA_FTYPE_MOSTLY_MXFP4_MOE: int
+    LLAMA_FTYPE_MOSTLY_NVFP4: int
+    LLAMA_FTYPE_MOSTLY_Q1_0: int
+    LLAMA_FTYPE_MOSTLY_Q2_0: int
+    LLAMA_FTYPE_MOSTLY_Q2_K: int
+    LLAMA_FTYPE_MOSTLY_Q2_K_S: int
+    LLAMA_FTYPE_MOSTLY_Q3_K_L: int
+    LLAMA_FTYPE_MOSTLY_Q3_K_M: int
+    LLAMA_FTYPE_MOSTLY_Q3_K_S: int
+    LLAMA_FTYPE_MOSTLY_Q4_0: int
+    LLAMA_FTYPE_MOSTLY_Q4_1: int
+    LLAMA_FTYPE_MOSTLY_Q4_K_M: int
+    LLAMA_FTYPE_MOSTLY_Q4_K_S: int
+    LLAMA_FTYPE_MOSTLY_Q5_0: int
+    LLAMA_FTYPE_MOSTLY_Q5_1: int
+    LLAMA_FTYPE_MOSTLY_Q5_K_M: int
+    LLAMA_FTYPE_MOSTLY_Q5_K_S: int
+    LLAMA_FTYPE_MOSTLY_Q6_K: int
+    LLAMA_FTYPE_MOSTLY_Q8_0: int
+    LLAMA_FTYPE_MOSTLY_TQ1_0: int
+    LLAMA_FTYPE_MOSTLY_TQ2_0: int
     LLAMA_LAZY_MODE_AUTO: int
     LLAMA_LAZY_MODE_OFF: int
     LLAMA_LAZY_MODE_ON: int
@@ -105,6 +143,9 @@ class _Lib:
     PYL_ACT_QUANT_E4M3: int
     PYL_CANCELLED: int
     PYL_CONTEXT_FULL: int
+    PYL_DIALECT_KEEP: int
+    PYL_DIALECT_NATIVE: int
+    PYL_DIALECT_UPSTREAM: int
     PYL_ERROR: int
     PYL_ERROR_ARGUMENT: int
     PYL_ERROR_MEMORY: int
@@ -132,6 +173,7 @@ class _Lib:
     def llama_model_n_embd(self, *args: Any) -> Any: ...
     def llama_model_n_layer(self, *args: Any) -> Any: ...
     def llama_model_n_params(self, *args: Any) -> Any: ...
+    def llama_model_quantize_default_params(self, *args: Any) -> Any: ...
     def llama_model_size(self, *args: Any) -> Any: ...
     def llama_n_batch(self, *args: Any) -> Any: ...
     def llama_n_ctx(self, *args: Any) -> Any: ...
@@ -185,8 +227,11 @@ class _Lib:
     def pyl_log_init(self, *args: Any) -> Any: ...
     def pyl_log_next(self, *args: Any) -> Any: ...
     def pyl_logits_copy(self, *args: Any) -> Any: ...
+    def pyl_memory_breakdown(self, *args: Any) -> Any: ...
     def pyl_model_load(self, *args: Any) -> Any: ...
     def pyl_n_cores(self, *args: Any) -> Any: ...
+    def pyl_quantize(self, *args: Any) -> Any: ...
+    def pyl_quantize_knows(self, *args: Any) -> Any: ...
     def pyl_sample(self, *args: Any) -> Any: ...
     def pyl_string_free(self, *args: Any) -> Any: ...
     def pyl_token_bytes(self, *args: Any) -> Any: ...

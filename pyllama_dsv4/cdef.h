@@ -7,6 +7,7 @@ struct llama_memory_i;
 struct llama_model;
 struct llama_model_kv_override;
 struct llama_model_tensor_buft_override;
+struct llama_model_tensor_override;
 struct llama_sampler;
 struct llama_sampler_seq_config;
 struct llama_vocab;
@@ -98,6 +99,47 @@ enum llama_act_quant
   LLAMA_ACT_QUANT_NONE = ...,
   LLAMA_ACT_QUANT_CACHE = ...,
   LLAMA_ACT_QUANT_FULL = ...
+};
+enum llama_ftype
+{
+  LLAMA_FTYPE_ALL_F32 = ...,
+  LLAMA_FTYPE_MOSTLY_F16 = ...,
+  LLAMA_FTYPE_MOSTLY_Q4_0 = ...,
+  LLAMA_FTYPE_MOSTLY_Q4_1 = ...,
+  LLAMA_FTYPE_MOSTLY_Q8_0 = ...,
+  LLAMA_FTYPE_MOSTLY_Q5_0 = ...,
+  LLAMA_FTYPE_MOSTLY_Q5_1 = ...,
+  LLAMA_FTYPE_MOSTLY_Q2_K = ...,
+  LLAMA_FTYPE_MOSTLY_Q3_K_S = ...,
+  LLAMA_FTYPE_MOSTLY_Q3_K_M = ...,
+  LLAMA_FTYPE_MOSTLY_Q3_K_L = ...,
+  LLAMA_FTYPE_MOSTLY_Q4_K_S = ...,
+  LLAMA_FTYPE_MOSTLY_Q4_K_M = ...,
+  LLAMA_FTYPE_MOSTLY_Q5_K_S = ...,
+  LLAMA_FTYPE_MOSTLY_Q5_K_M = ...,
+  LLAMA_FTYPE_MOSTLY_Q6_K = ...,
+  LLAMA_FTYPE_MOSTLY_IQ2_XXS = ...,
+  LLAMA_FTYPE_MOSTLY_IQ2_XS = ...,
+  LLAMA_FTYPE_MOSTLY_Q2_K_S = ...,
+  LLAMA_FTYPE_MOSTLY_IQ3_XS = ...,
+  LLAMA_FTYPE_MOSTLY_IQ3_XXS = ...,
+  LLAMA_FTYPE_MOSTLY_IQ1_S = ...,
+  LLAMA_FTYPE_MOSTLY_IQ4_NL = ...,
+  LLAMA_FTYPE_MOSTLY_IQ3_S = ...,
+  LLAMA_FTYPE_MOSTLY_IQ3_M = ...,
+  LLAMA_FTYPE_MOSTLY_IQ2_S = ...,
+  LLAMA_FTYPE_MOSTLY_IQ2_M = ...,
+  LLAMA_FTYPE_MOSTLY_IQ4_XS = ...,
+  LLAMA_FTYPE_MOSTLY_IQ1_M = ...,
+  LLAMA_FTYPE_MOSTLY_BF16 = ...,
+  LLAMA_FTYPE_MOSTLY_TQ1_0 = ...,
+  LLAMA_FTYPE_MOSTLY_TQ2_0 = ...,
+  LLAMA_FTYPE_MOSTLY_MXFP4_MOE = ...,
+  LLAMA_FTYPE_MOSTLY_NVFP4 = ...,
+  LLAMA_FTYPE_MOSTLY_Q1_0 = ...,
+  LLAMA_FTYPE_MOSTLY_F8_E4M3_MXFP4 = ...,
+  LLAMA_FTYPE_MOSTLY_Q2_0 = ...,
+  LLAMA_FTYPE_GUESSED = ...
 };
 enum llama_rope_scaling_type
 {
@@ -224,6 +266,30 @@ struct llama_context_params
   size_t n_samplers;
   struct llama_context *ctx_other;
 };
+struct llama_model_imatrix_data
+{
+  const char *name;
+  const float *data;
+  size_t size;
+};
+typedef struct llama_model_quantize_params
+{
+  int32_t nthread;
+  enum llama_ftype ftype;
+  enum ggml_type output_tensor_type;
+  enum ggml_type token_embedding_type;
+  bool allow_requantize;
+  bool quantize_output_tensor;
+  bool only_copy;
+  bool pure;
+  bool keep_split;
+  bool dry_run;
+  const struct llama_model_imatrix_data *imatrix;
+  const struct llama_model_kv_override *kv_overrides;
+  const struct llama_model_tensor_override *tt_overrides;
+  const int32_t *prune_layers;
+  size_t max_buf_size;
+} llama_model_quantize_params;
 typedef struct llama_sampler_chain_params
 {
   bool no_perf;
@@ -231,6 +297,7 @@ typedef struct llama_sampler_chain_params
 struct llama_model_params llama_model_default_params(void);
 struct llama_context_params llama_context_default_params(void);
 struct llama_sampler_chain_params llama_sampler_chain_default_params(void);
+struct llama_model_quantize_params llama_model_quantize_default_params(void);
 void llama_backend_init(void);
 void llama_model_free(struct llama_model *model);
 void llama_free(struct llama_context *ctx);
@@ -329,6 +396,23 @@ enum pyl_act_quant_format
 };
 int32_t pyl_act_quant_set_default(int32_t level);
 int32_t pyl_act_quant(int32_t format, int64_t block, int64_t n_channels, const float *x, float *y, int64_t n_rows, int64_t n_per_row, int32_t n_threads);
+struct pyl_memory
+{
+  char name[64];
+  bool is_host;
+  uint64_t weights;
+  uint64_t cache;
+  uint64_t compute;
+};
+int32_t pyl_memory_breakdown(const struct llama_context *ctx, struct pyl_memory *out, int32_t n_max);
+enum pyl_dialect
+{
+  PYL_DIALECT_KEEP = ...,
+  PYL_DIALECT_NATIVE = ...,
+  PYL_DIALECT_UPSTREAM = ...
+};
+int32_t pyl_quantize(const char *path_in, const char *path_out, struct llama_model_quantize_params params, enum pyl_dialect dialect, struct pyl_monitor *monitor, char **report);
+bool pyl_quantize_knows(enum llama_ftype ftype);
 int32_t pyl_tokenize(const struct llama_vocab *vocab, const char *text, int32_t n_bytes, int32_t *ids, int32_t n_max, bool parse_special);
 int32_t pyl_token_bytes(const struct llama_vocab *vocab, int32_t id, char *buf, int32_t size);
 int32_t pyl_n_cores(void);

@@ -196,6 +196,38 @@ class Checkpoint:
             raise ValueError(f"bytes {start} to {start + out.size} of {name}, which has {t.n_bytes}")
         self._files[t.path].read_into(t, t.offset + start, out.data)
 
+    def header(self, shard: Path) -> bytes:
+        """Read a shard's header verbatim: its length in 8 bytes, then the JSON text, up to the first tensor.
+
+        Raises:
+            CheckpointError: The shard became shorter since it was opened.
+            ModelFileError: The read failed.
+        """
+        file = self._open_file(shard)
+        raw = bytearray(8)
+        whole = SourceTensor("(header)", "U8", (8,), shard, 0, 8)
+        file.read_into(whole, 0, memoryview(raw))
+        raw += bytearray(int.from_bytes(raw, "little"))
+        file.read_into(whole, 8, memoryview(raw)[8:])
+        return bytes(raw)
+
+    def stamp(self, shard: Path) -> tuple[int, int]:
+        """Return a shard's size in bytes and the time of its last change in ns, as they are now.
+
+        Raises:
+            ModelFileError: They cannot be had.
+        """
+        try:
+            found = os.fstat(self._open_file(shard).fileno())
+        except OSError as e:
+            raise ModelFileError("cannot read", path=shard, found=e.strerror or e) from e
+        return found.st_size, found.st_mtime_ns
+
+    def _open_file(self, shard: Path) -> _ShardFile:
+        if self._is_closed:
+            raise ClosedError("the checkpoint is closed", path=self.folder)
+        return self._files[shard]
+
     def _required_json(self, name: str) -> dict[str, Any]:
         value = self.json(name)
         if value is None:
@@ -320,6 +352,9 @@ class _ShardFile:
 
     def close(self) -> None:
         self._file.close()
+
+    def fileno(self) -> int:
+        return self._file.fileno()
 
     def read_at(self, offset: int, view: memoryview) -> int:
         """Fill as much of ``view`` as one system call gives."""

@@ -26,24 +26,24 @@ from ._native import build_info, lib, logger, series_digest
 from .chat import ChatPrompt, ChatRequest
 from .chat_engine import ChatEngine
 from .context import Context
-from .errors import ArgumentError, ClosedError, ContextFullError, MemoryLimitError, ThreadError
+from .errors import ArgumentError, ClosedError, ContextFullError, ThreadError
 from .generate import Piece, stop_list, stream
 from .header import HeaderReport, check_header, read_header
+from .machine import working_set_bytes
 from .model import Model
 from .options import keyword_names, refuse_unknown
+from .plan import N_CTX_DEFAULT, Plan, plan_model
 from .sampler import Sampler, SamplingParams
 from .session import Session
 from .state import State, model_fingerprint, read_state, write_state
 from .tokenizer import Tokenizer
-from .warmup import Progress, Warmup, available_bytes, working_set_bytes
+from .warmup import Progress, Warmup
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["Llama", "SamplingOptions", "Stats"]
 
-N_CTX_DEFAULT = 8192
-CACHE_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}  # per value
 N_REPLAYED_MAX = 256  # answers whose sampled ids are remembered
 
 
@@ -134,6 +134,9 @@ class Llama:
         warmup: Read the mapped file into the page cache in the background, as far as memory reaches.
         verbose: Print the engine's log to stderr through ``logging``.
 
+    Attributes:
+        plan: What the load takes and yields, made before it.
+
     Raises:
         ModelNotFoundError, ModelFileError, FormatError and its subclasses: the file, before the engine sees it.
         ModelLoadError: The engine refused the file.
@@ -188,7 +191,17 @@ class Llama:
             lib.pyl_knows_architecture((header.architecture or "").encode("utf-8"))
         )
         self._report: HeaderReport = check_header(header, any_architecture=is_other)
-        _check_memory(self._report, n_ctx, cache_type, is_resident=use_mlock or not use_mmap)
+        self.plan: Plan = plan_model(
+            self._report,
+            n_ctx=n_ctx,
+            n_batch=n_batch,
+            n_ubatch=n_ubatch,
+            cache_type=cache_type,
+            act_quant=act_quant,
+            is_mapped=use_mmap and not use_mlock,
+        )
+        logger.info("%s: %s", header.path, self.plan.line())
+        self.plan.check()
         if n_gpu_layers == "auto":
             n_gpu_layers = -1 if lib.llama_supports_gpu_offload() else 0
         self._model = Model(
@@ -846,44 +859,6 @@ class Llama:
 
 
 _SAMPLING_NAMES = tuple(SamplingOptions.__annotations__)
-
-
-def _check_memory(report: HeaderReport, n_ctx: int, cache_type: str, *, is_resident: bool) -> None:
-    """Refuse what cannot fit: the system would grant it, and end the process when it is written to.
-
-    Counted are the KV cache of a DeepSeek-V4 model and, if `is_resident`, the weights (not mapped, or locked).
-    """
-    hparams, available = report.hparams, available_bytes()
-    if available is None or cache_type not in CACHE_BYTES or n_ctx < 1:
-        return
-    n_values = 0.0  # per token; the window layers' part does not grow
-    if hparams is not None:
-        for ratio in hparams.compress_ratios[: hparams.n_layer]:
-            if ratio:
-                n_values += hparams.head_dim / ratio
-            if ratio == 4:
-                n_values += hparams.indexer_head_dim / ratio
-    n_cache_bytes = int(n_ctx * n_values * CACHE_BYTES[cache_type])
-    n_weight_bytes = sum(t.n_bytes for t in report.header.tensors) if is_resident else 0
-    path, found = report.header.path, f"{available / 1e9:.1f} GB available"
-    if n_weight_bytes > available:
-        raise MemoryLimitError(
-            "the weights do not fit into memory",
-            path=path,
-            key="use_mmap",
-            found=found,
-            expected=f"{n_weight_bytes / 1e9:.1f} GB",
-            hint="With use_mmap=True and use_mlock=False the file may be larger than memory.",
-        )
-    if n_cache_bytes + n_weight_bytes > available:
-        raise MemoryLimitError(
-            f"the KV cache of {n_ctx} tokens does not fit into memory",
-            path=path,
-            key="n_ctx",
-            found=found,
-            expected=f"{(n_cache_bytes + n_weight_bytes) / 1e9:.1f} GB",
-            hint="A smaller n_ctx, or cache_type='q8_0', needs less.",
-        )
 
 
 def _warm_ranges(report: HeaderReport) -> list[tuple[Path, int, int]]:

@@ -676,7 +676,7 @@ def write_sparse_native(
         last = next(i for i, entry in enumerate(keys) if entry.key == LAST_NATIVE_KEY)
         keys = keys[: last + 1] + [entry for entry in keys[last + 1 :] if entry.key.startswith("tokenizer.")]
     with OutputFile(outfile, header_bytes(keys, plan.infos)) as out:
-        out.skip(plan.n_bytes - len(plan.header))
+        out.skip(plan.n_bytes - plan.n_bytes_header)
         out.commit()
         return out.path
 

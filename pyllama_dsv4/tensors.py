@@ -247,6 +247,13 @@ def _hparams_from_hf_config(c: _HfConfig) -> HParams:
         ("num_experts_per_tok", hp.n_expert_used, hp.n_expert_used <= hp.n_expert, f"at most {hp.n_expert}"),
         ("qk_rope_head_dim", hp.n_rot, hp.n_rot < hp.head_dim, f"less than head_dim, {hp.head_dim}"),
         ("o_groups", hp.o_groups, hp.n_head % hp.o_groups == 0, f"a divisor of the {hp.n_head} heads"),
+        # the graph applies Hadamard matrices to the indexer's rows, the smallest of 64
+        (
+            "index_head_dim",
+            hp.indexer_head_dim,
+            hp.indexer_head_dim % 64 == 0 and hp.indexer_head_dim >= hp.n_rot,
+            f"a multiple of 64, at least qk_rope_head_dim, {hp.n_rot}",
+        ),
     ):
         if not ok:
             raise c.error(key, value, expected)

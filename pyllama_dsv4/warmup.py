@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ._native import check, ffi, lib
+from .machine import available_bytes
 
-__all__ = ["Progress", "Warmup", "available_bytes", "working_set_bytes"]
+__all__ = ["Progress", "Warmup"]
 
 CHUNK_BYTES = 64 << 20  # at most 256 MiB: one chunk cannot be interrupted
 RESERVE_BYTES = 1 << 30  # left to everything else on the machine
@@ -38,38 +39,6 @@ class Progress:
     n_bytes: int = 0
     n_bytes_total: int = 0
     eta_s: float | None = None
-
-
-def _first_number(path: str, key: str = "") -> int | None:
-    try:
-        with open(path, encoding="ascii", errors="replace") as file:
-            for line in file:
-                if line.startswith(key):
-                    digits = [word for word in line[len(key) :].split() if word.isdigit()]
-                    return int(digits[0]) if digits else None
-    except OSError:
-        pass
-    return None
-
-
-def available_bytes() -> int | None:
-    """Return memory that is free or reclaimable, within the control group's limit; None when unknown."""
-    available = _first_number("/proc/meminfo", "MemAvailable:")
-    if available is None:
-        return None
-    n = available * 1024
-    limit = _first_number("/sys/fs/cgroup/memory.max")
-    used = _first_number("/sys/fs/cgroup/memory.current")
-    cached = _first_number("/sys/fs/cgroup/memory.stat", "file ")
-    if limit is not None and used is not None:
-        n = min(n, max(limit - used + (cached or 0), 0))
-    return n
-
-
-def working_set_bytes() -> int | None:
-    """Return this process's resident memory, mapped file pages included; None when unknown."""
-    kib = _first_number("/proc/self/status", "VmRSS:")
-    return None if kib is None else kib * 1024
 
 
 class Warmup:

@@ -6,6 +6,7 @@
 #include "common.h"
 #include "ggml-backend.h"
 #include "llama-arch.h"
+#include "llama-ext.h"
 
 #include <climits>
 #include <cmath>
@@ -167,6 +168,24 @@ int32_t pyl_sample(struct llama_sampler * chain, const float * logits, int32_t n
         const llama_token id = candidates.data[candidates.selected].id;
         llama_sampler_accept(chain, id);
         return id;
+    });
+}
+
+int32_t pyl_memory_breakdown(const struct llama_context * ctx, struct pyl_memory * out, int32_t n_max) {
+    return pyl_guard([&]() -> int32_t {
+        int32_t n = 0;
+        for (const auto & [buft, data] : llama_get_memory_breakdown(ctx)) {
+            if (n == n_max) {
+                break;
+            }
+            pyl_memory & memory = out[n++];
+            snprintf(memory.name, sizeof(memory.name), "%s", ggml_backend_buft_name(buft));
+            memory.is_host = ggml_backend_buft_is_host(buft);
+            memory.weights = data.model;
+            memory.cache   = data.context;
+            memory.compute = data.compute;
+        }
+        return n;
     });
 }
 

@@ -94,6 +94,39 @@ int32_t pyl_act_quant_set_default(int32_t level);
 int32_t pyl_act_quant(int32_t format, int64_t block, int64_t n_channels, const float * x, float * y, int64_t n_rows,
         int64_t n_per_row, int32_t n_threads);
 
+// --- memory ---
+
+// What one kind of memory is used for, in bytes.
+struct pyl_memory {
+    char     name[64]; // of the buffer type, as "CPU" or "CUDA0"
+    bool     is_host;
+    uint64_t weights;  // a mapped file counts as far as tensors reach
+    uint64_t cache;    // KV cache and compressor states
+    uint64_t compute;  // buffers of the largest graph
+};
+
+// Fill out[] with up to n_max entries; returns their number. With no_alloc in the model's parameters: what a load with
+// the same parameters would take.
+int32_t pyl_memory_breakdown(const struct llama_context * ctx, struct pyl_memory * out, int32_t n_max);
+
+// --- quantiser ---
+
+enum pyl_dialect {
+    PYL_DIALECT_KEEP     = 0, // of the input
+    PYL_DIALECT_NATIVE   = 1,
+    PYL_DIALECT_UPSTREAM = 2,
+};
+
+// Write the model in another type, or only say what would be written (params.dry_run). The monitor's progress counts
+// bytes of the output; a cancelled run returns PYL_CANCELLED. On PYL_OK *report is JSON, to be freed with
+// pyl_string_free: {"input_dialect", "dialect", "n_bytes", "tensors": [{"name", "type_in", "type_out", "n_bytes_in",
+// "n_bytes_out"}]}; a dialect is null for models other than DeepSeek-V4, types are ggml's names.
+int32_t pyl_quantize(const char * path_in, const char * path_out, struct llama_model_quantize_params params,
+        enum pyl_dialect dialect, struct pyl_monitor * monitor, char ** report);
+
+// Whether the quantiser knows the file type.
+bool pyl_quantize_knows(enum llama_ftype ftype);
+
 // --- text ---
 
 // Returns the number of ids, or its negative when n_max is too small; INT32_MIN on failure.

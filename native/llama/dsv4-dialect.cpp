@@ -1,6 +1,7 @@
 #include "dsv4-dialect.h"
 
 #include "dsv4-check.h"
+#include "dsv4-quant.h"
 #include "dsv4-refusal.h"
 
 #include "llama-impl.h"
@@ -97,6 +98,10 @@ void dsv4_dialect_apply(llama_model_loader & ml, const std::string & fname, cons
     dsv4_check_model(header, /*is_mtp_accepted =*/ true, derived);
     check_expert_ids(ml, fname);
 
+    dsv4_quant_job * job = dsv4_current_quant_job();
+    if (job) {
+        job->input = header.is_native ? DSV4_FORM_NATIVE : DSV4_FORM_UPSTREAM;
+    }
     if (!header.is_native) {
         return;
     }
@@ -107,6 +112,17 @@ void dsv4_dialect_apply(llama_model_loader & ml, const std::string & fname, cons
     const int64_t id = gguf_find_key(ml.metadata, KEY_TEMPLATE);
     const bool has_vocab         = gguf_find_key(ml.metadata, "tokenizer.ggml.tokens") >= 0;
     const bool replaces_template = id < 0 ? has_vocab : !is_v4_template(gguf_get_val_str(ml.metadata, id));
+    if (job) {
+        for (const auto & [name, value] : derived) {
+            GGML_UNUSED(value);
+            job->derived.push_back(name);
+        }
+        if (id >= 0) {
+            job->chat_template = gguf_get_val_str(ml.metadata, id);
+        } else if (replaces_template) {
+            job->derived.push_back(KEY_TEMPLATE);
+        }
+    }
     if (replaces_template) {
         derived.emplace_back(KEY_TEMPLATE, std::string(dsv4_chat_template));
     }

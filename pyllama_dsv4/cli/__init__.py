@@ -30,7 +30,12 @@ _COMMANDS: Final = {
     },
     "Files": {
         "inspect": ("pyllama_dsv4.cli.inspect", "Show what a model file contains, without loading it."),
+        "plan": (
+            "pyllama_dsv4.cli.plan",
+            "Say what a model needs and how fast it can be, before loading it.",
+        ),
         "convert": ("pyllama_dsv4.cli.convert", "Convert a checkpoint to a native GGUF file."),
+        "quantize": ("pyllama_dsv4.cli.quantize", "Write a model in another type."),
     },
     "Proof": {
         "selftest": ("pyllama_dsv4.cli.selftest", "Check that this build computes what it should."),
@@ -46,6 +51,7 @@ _EXAMPLES: Final = (
     f"{PROG_NAME} chat flash.gguf -c 32768 --temp 0.6",
     f"{PROG_NAME} run flash.gguf -p 'Once upon a time' -n 64",
     f"{PROG_NAME} inspect flash.gguf",
+    f"{PROG_NAME} plan flash.gguf -c 131072 --gpu 24",
     f"{PROG_NAME} convert DeepSeek-V4-Flash --outfile flash.gguf",
 )
 

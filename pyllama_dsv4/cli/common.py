@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pyllama_dsv4.warmup import Progress
 
 __all__ = [
+    "LayerCount",
     "Options",
     "load_options",
     "model_argument",
@@ -61,7 +62,9 @@ _SAMPLING_NAMES: Final = ("temperature", "top_k", "top_p", "min_p", "repeat_pena
 _FROM_FILE: Final = "what the file recommends"
 
 
-class _Layers(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic in newer versions only
+class LayerCount(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic in newer versions only
+    """A number of layers, ``auto``, or ``all``, which becomes -1."""
+
     name = "layers"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -114,7 +117,7 @@ def load_options(function: F) -> F:
             section=LOAD, is_brief=True, help="CPU threads.",
         ),
         option(
-            "-ngl", "--n-gpu-layers", "n_gpu_layers", type=_Layers(), metavar="N|auto|all", default="auto",
+            "-ngl", "--n-gpu-layers", "n_gpu_layers", type=LayerCount(), metavar="N|auto|all", default="auto",
             section=LOAD, is_brief=True, help="Layers to place on GPUs.",
         ),
         option(
@@ -326,6 +329,8 @@ def open_model(options: Options, path: Path, **more: Any) -> Iterator[tuple[Llam
         progress.stop()
         drain_log()
     with llm:
+        if not options.ui.is_quiet:
+            options.ui.note(llm.plan.with_bandwidth().line())
 
         def warmup_text() -> str:
             event = progress.warmup

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -12,9 +12,12 @@ import click
 
 from pyllama_dsv4.convert import OUTTYPES, ConvertResult
 from pyllama_dsv4.convert import convert as convert_checkpoint
+from pyllama_dsv4.convert.output import journal_path
 from pyllama_dsv4.convert.run import not_enough_space
+from pyllama_dsv4.convert.writer import PARTIAL_SUFFIX
 
 from .help import Command, option
+from .progress import progress, size
 from .terminal import Ui, clean
 
 __all__ = ["convert"]
@@ -22,17 +25,13 @@ __all__ = ["convert"]
 CONVERSION: Final = "Conversion"
 OUTPUT: Final = "Output"
 
-LINE_INTERVAL_S: Final = 5.0
-"""Seconds between progress lines when stderr is not a terminal."""
-
-Report = Callable[[int, int, str], None]
-
 
 @click.command(
     cls=Command,
     examples=(
         "pyllama-dsv4 convert DeepSeek-V4-Flash --outfile flash.gguf",
         "pyllama-dsv4 convert DeepSeek-V4-Flash --outfile flash.gguf --dry-run",
+        "pyllama-dsv4 convert DeepSeek-V4-Flash --outfile flash.gguf --resume",
     ),
 )
 @click.argument("checkpoint", type=click.Path(path_type=Path))
@@ -91,6 +90,23 @@ Report = Callable[[int, int, str], None]
     has_env=False,
     help="Check everything and print the plan; write nothing.",
 )
+@option(
+    "--resume",
+    is_flag=True,
+    section=CONVERSION,
+    is_brief=True,
+    has_env=False,
+    help="Go on with an interrupted conversion to the same FILE, if there is one.",
+)
+@option(
+    "--split-max-size",
+    callback=size,
+    metavar="N(K|M|G)",
+    default_text="one file",
+    section=CONVERSION,
+    has_env=False,
+    help="Split the output into files of at most this size (powers of 1000).",
+)
 @option("-v", "--verbose", is_flag=True, section=OUTPUT, help="List every tensor.")
 @option("-q", "--quiet", is_flag=True, section=OUTPUT, help="No progress and no report, only errors.")
 def convert(
@@ -101,6 +117,8 @@ def convert(
     model_name: str | None,
     chat_template_file: Path | None,
     dry_run: bool,
+    resume: bool,
+    split_max_size: int | None,
     verbose: bool,
     quiet: bool,
 ) -> None:
@@ -108,11 +126,11 @@ def convert(
 
     CHECKPOINT is a folder as downloaded from the hub: config.json, safetensors shards with their index, and
     the tokenizer files. FP8 and FP4 weights are copied code by code, never recomputed. Until it is complete,
-    the file is called FILE.partial.
+    the file is called FILE.partial; --resume goes on with one that was interrupted, by whatever.
     """
     ui = Ui(is_quiet=quiet)
     template = None if chat_template_file is None else chat_template_file.read_text(encoding="utf-8")
-    with _progress(ui, is_shown=not (quiet or dry_run)) as report:
+    with _saying_what_is_kept(ui, outfile), progress(ui, is_shown=not (quiet or dry_run)) as report:
         result = convert_checkpoint(
             checkpoint,
             outfile,
@@ -120,8 +138,10 @@ def convert(
             n_threads=n_threads,
             progress=report,
             dry_run=dry_run,
+            resume=resume,
             name=model_name,
             chat_template=template,
+            max_file_bytes=split_max_size,
         )
     for note in result.notes:
         ui.note(f"note: {note}")
@@ -134,68 +154,35 @@ def convert(
 
 
 @contextmanager
-def _progress(ui: Ui, *, is_shown: bool) -> Iterator[Report | None]:
-    """Give a callback that shows progress on stderr: a bar on a terminal, a line now and then elsewhere."""
-    if not is_shown:
-        yield None
-    elif ui.is_animated:
-        with _bar(ui) as report:
-            yield report
-    else:
-        yield _Lines(ui)
-
-
-@contextmanager
-def _bar(ui: Ui) -> Iterator[Report]:
-    from rich import progress as rich
-
-    columns = (
-        rich.BarColumn(),
-        rich.DownloadColumn(),
-        rich.TransferSpeedColumn(),
-        rich.TimeRemainingColumn(),
-        rich.TextColumn("{task.description}", markup=False),
-    )
-    with rich.Progress(*columns, console=ui.console()) as progress:
-        task = progress.add_task("")
-
-        def report(n_done: int, n_total: int, tensor: str) -> None:
-            progress.update(task, completed=n_done, total=n_total, description=tensor)
-
-        yield report
-
-
-class _Lines:
-    """Progress for logs and pipes."""
-
-    def __init__(self, ui: Ui) -> None:
-        self._ui = ui
-        self._start_s = self._last_s = time.monotonic()
-
-    def __call__(self, n_done: int, n_total: int, tensor: str) -> None:
-        now_s = time.monotonic()
-        if now_s - self._last_s < LINE_INTERVAL_S and n_done < n_total:
-            return
-        self._last_s = now_s
-        per_s = n_done / max(now_s - self._start_s, 1e-9)
-        left_s = round((n_total - n_done) / per_s)
-        self._ui.note(
-            f"{100 * n_done / n_total:5.1f} %  {n_done / 1e9:.2f} of {n_total / 1e9:.2f} GB"
-            f"  {per_s / 1e9:.2f} GB/s  {left_s // 60}:{left_s % 60:02d} left  {tensor}"
-        )
+def _saying_what_is_kept(ui: Ui, outfile: Path) -> Iterator[None]:
+    """After a conversion that ended early, say that it can be resumed if it can."""
+    try:
+        yield
+    except BaseException:
+        journal = journal_path(Path(os.path.realpath(outfile)))
+        if journal.exists():
+            ui.note(
+                f"What was written is kept beside {outfile}: convert again with --resume to go on, or delete"
+                f" the files whose names contain {PARTIAL_SUFFIX}"
+            )
+        raise
 
 
 def _print_tensors(result: ConvertResult) -> None:
-    for spec, info in zip(result.plan.specs, result.plan.infos, strict=True):
-        dims = " x ".join(str(dim) for dim in info.dims)
-        click.echo(
-            f"{info.offset:>16,} {info.n_bytes:>14,}  {spec.file_type.name:<12}  {dims:<18}  {info.name}"
-        )
+    for path, file in zip(result.paths, result.plan.files, strict=True):
+        if len(result.paths) > 1:
+            click.echo(f"{clean(path.name)}, {file.n_bytes:,} bytes:")
+        for spec, info in zip(file.specs, file.infos, strict=True):
+            dims = " x ".join(str(dim) for dim in info.dims)
+            click.echo(
+                f"{info.offset:>16,} {info.n_bytes:>14,}  {spec.file_type.name:<12}  {dims:<18}  {info.name}"
+            )
 
 
 def _print_result(result: ConvertResult) -> None:
     verb = "would write" if result.is_dry_run else "wrote"
-    click.echo(f"{verb} {clean(str(result.path))}")
+    n_more = len(result.paths) - 1
+    click.echo(f"{verb} {clean(str(result.path))}" + (f" and {n_more} more files" if n_more else ""))
     rows = [
         ("size", f"{result.n_bytes:,} bytes ({result.n_bytes / 2**30:.2f} GiB)"),
         ("header", f"{result.n_bytes_header:,} bytes, {result.n_keys} keys"),
@@ -208,7 +195,9 @@ def _print_result(result: ConvertResult) -> None:
     if result.is_dry_run:
         rows.append(("free space", f"{result.n_bytes_free:,} bytes"))
     else:
-        speed = result.n_bytes / 1e9 / max(result.duration_s, 1e-9)
+        if result.n_bytes_resumed:
+            rows.append(("resumed after", f"{result.n_bytes_resumed:,} bytes"))
+        speed = (result.n_bytes_payload - result.n_bytes_resumed) / 1e9 / max(result.duration_s, 1e-9)
         rows.append(("time", f"{result.duration_s:.1f} s, {speed:.2f} GB/s"))
     for label, text in rows:
         click.echo(f"  {label:<16}{text}")

@@ -12,6 +12,7 @@ from typing import Final
 
 from pyllama_dsv4.checkpoint import Checkpoint, SourceTensor
 from pyllama_dsv4.errors import (
+    ArgumentError,
     CheckpointError,
     MissingScaleError,
     TileShapeError,
@@ -24,7 +25,7 @@ from .template import Generation, chat_template, generation_of
 from .tokenizer import read_vocabulary, vocabulary_keys
 from .writer import MetadataEntry, OutputTensor, header_bytes, lay_out, padded
 
-__all__ = ["Plan", "make_plan", "sources"]
+__all__ = ["Plan", "PlannedFile", "make_plan", "sources"]
 
 HF_MODEL_TYPE: Final = "deepseek_v4"
 
@@ -48,16 +49,34 @@ _SCALE_DTYPES: Final = ("F8_E8M0", "F32")
 
 
 @dataclass(frozen=True)
+class PlannedFile:
+    """One file of the output.
+
+    Attributes:
+        header: Bytes of the header, up to the data section.
+        specs: Its tensors, in file order.
+        infos: The same tensors as the header describes them.
+    """
+
+    header: bytes
+    specs: Sequence[TensorSpec]
+    infos: Sequence[OutputTensor]
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the file."""
+        return len(self.header) + sum(padded(info.n_bytes) for info in self.infos)
+
+
+@dataclass(frozen=True)
 class Plan:
-    """Everything about the output file but the tensor data.
+    """Everything about the output but the tensor data.
 
     Attributes:
         hparams: The model.
         generation: Release of the weights.
-        metadata: Keys in file order.
-        specs: Tensors in file order.
-        infos: The same tensors as the header describes them.
-        header: Bytes of the header, up to the data section.
+        metadata: Keys in file order, without those that number the files of a split model.
+        files: The output files; more than one if the model is split.
         skipped: Tensors of the checkpoint that are left out on purpose.
         notes: What the user should know, one sentence each.
     """
@@ -65,11 +84,24 @@ class Plan:
     hparams: HParams
     generation: Generation
     metadata: Sequence[MetadataEntry]
-    specs: Sequence[TensorSpec]
-    infos: Sequence[OutputTensor]
-    header: bytes
+    files: Sequence[PlannedFile]
     skipped: Sequence[SourceTensor]
     notes: Sequence[str]
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        """All tensors, in file order."""
+        return [spec for file in self.files for spec in file.specs]
+
+    @property
+    def infos(self) -> list[OutputTensor]:
+        """The same tensors as the headers describe them; offsets count from the data section of each file."""
+        return [info for file in self.files for info in file.infos]
+
+    @property
+    def n_bytes_header(self) -> int:
+        """Bytes of all headers."""
+        return sum(len(file.header) for file in self.files)
 
     @property
     def n_bytes_payload(self) -> int:
@@ -78,17 +110,25 @@ class Plan:
 
     @property
     def n_bytes(self) -> int:
-        """Size of the file."""
-        return len(self.header) + sum(padded(info.n_bytes) for info in self.infos)
+        """Size of all files."""
+        return sum(file.n_bytes for file in self.files)
 
 
-def make_plan(checkpoint: Checkpoint, *, name: str | None = None, template: str | None = None) -> Plan:
-    """Check a checkpoint and lay the output file out.
+def make_plan(
+    checkpoint: Checkpoint,
+    *,
+    name: str | None = None,
+    template: str | None = None,
+    max_file_bytes: int | None = None,
+) -> Plan:
+    """Check a checkpoint and lay the output out.
 
     Args:
         checkpoint: The checkpoint.
         name: ``general.name``; by default made from the folder's name.
         template: Chat template; by default upstream's for the checkpoint's generation.
+        max_file_bytes: Split the output into files of at most this size; by default write one. A tensor that is
+            larger gets a file to itself.
 
     Raises:
         UnsupportedModelError: The checkpoint is of another architecture.
@@ -129,7 +169,7 @@ def make_plan(checkpoint: Checkpoint, *, name: str | None = None, template: str 
         generation=generation,
     )
     metadata += vocabulary_keys(vocabulary)
-    infos = lay_out((s.native, s.dims, s.file_type.id, s.n_bytes) for s in specs)
+    files = _split(metadata, specs, max_file_bytes)
 
     notes = []
     if skipped:
@@ -144,7 +184,58 @@ def make_plan(checkpoint: Checkpoint, *, name: str | None = None, template: str 
             "the checkpoint has no tokenizer.json: the file gets no vocabulary"
             " and can be evaluated on token ids only"
         )
-    return Plan(hp, generation, metadata, specs, infos, header_bytes(metadata, infos), skipped, notes)
+    return Plan(hp, generation, metadata, files, skipped, notes)
+
+
+MAX_FILES: Final = 65535
+"""``split.count`` has 16 bits."""
+
+
+def _split(
+    metadata: Sequence[MetadataEntry], specs: Sequence[TensorSpec], max_bytes: int | None
+) -> list[PlannedFile]:
+    """Lay the tensors out in one file, or in several that are as large as they may be.
+
+    Source: upstream ``tools/gguf-split/gguf-split.cpp:split_strategy`` for the keys and their types.
+    """
+    whole = _file(metadata, specs)
+    if max_bytes is None or whole.n_bytes <= max_bytes:
+        return [whole]
+    # the header's length does not depend on the numbers in it
+    parts: list[list[TensorSpec]] = []
+    n_bytes = 0
+    for spec in specs:
+        n_more = padded(spec.n_bytes) + len(_file([], [spec]).header)  # no less than what it adds
+        if not parts or n_bytes + n_more > max_bytes:
+            parts.append([])
+            keys = _split_keys(0, 0, 0)
+            n_bytes = len(header_bytes([*metadata, *keys] if len(parts) == 1 else keys, []))
+        parts[-1].append(spec)
+        n_bytes += n_more
+    if len(parts) > MAX_FILES:
+        raise ArgumentError(
+            "the model would be split into too many files",
+            key="max_file_bytes",
+            found=f"{len(parts)} files of at most {max_bytes:,} bytes",
+            expected=f"at most {MAX_FILES}",
+        )
+    return [
+        _file([*(metadata if i == 0 else []), *_split_keys(i, len(parts), len(specs))], part)
+        for i, part in enumerate(parts)
+    ]
+
+
+def _file(metadata: Sequence[MetadataEntry], specs: Sequence[TensorSpec]) -> PlannedFile:
+    infos = lay_out((s.native, s.dims, s.file_type.id, s.n_bytes) for s in specs)
+    return PlannedFile(header_bytes(metadata, infos), specs, infos)
+
+
+def _split_keys(i: int, n_files: int, n_tensors: int) -> list[MetadataEntry]:
+    return [
+        MetadataEntry("split.no", "u16", i),
+        MetadataEntry("split.count", "u16", n_files),
+        MetadataEntry("split.tensors.count", "i32", n_tensors),
+    ]
 
 
 def sources(spec: TensorSpec) -> Iterator[tuple[str, str | None]]:

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Final
 
 from pyllama_dsv4.checkpoint import Checkpoint
-from pyllama_dsv4.errors import ArgumentError, DiskFullError
+from pyllama_dsv4.errors import ArgumentError, CheckpointError, DiskFullError
 
+from .journal import Identity, Journal, identify
+from .output import Output, journal_path, output_paths
 from .plan import Plan, make_plan
-from .writer import PARTIAL_SUFFIX, OutputFile, Progress, check_output_path, write_tensors
+from .writer import Progress, check_output_path, partial_path, write_tensors
 
 __all__ = ["OUTTYPES", "ConvertResult", "convert"]
 
@@ -28,10 +30,12 @@ class ConvertResult:
     """What a conversion wrote, or a dry run would write.
 
     Attributes:
-        path: The output file.
-        n_bytes: Its size.
-        n_bytes_payload: Bytes of tensor data in it, without header and padding.
-        n_bytes_header: Bytes before the data section.
+        path: The output file; the first of several.
+        paths: All output files.
+        n_bytes: Size of the output.
+        n_bytes_payload: Bytes of tensor data in it, without headers and padding.
+        n_bytes_header: Bytes before the data sections.
+        n_bytes_resumed: Bytes of tensor data that an interrupted conversion had written.
         n_tensors: Tensors in it.
         n_tensors_by_type: Tensors per file type name.
         n_bytes_by_type: Payload bytes per file type name.
@@ -44,9 +48,11 @@ class ConvertResult:
     """
 
     path: Path
+    paths: Sequence[Path]
     n_bytes: int
     n_bytes_payload: int
     n_bytes_header: int
+    n_bytes_resumed: int
     n_tensors: int
     n_tensors_by_type: Mapping[str, int]
     n_bytes_by_type: Mapping[str, int]
@@ -59,7 +65,7 @@ class ConvertResult:
 
     @property
     def fits(self) -> bool:
-        """Whether the disk had room for the file."""
+        """Whether the disk had room for the output."""
         return self.n_bytes <= self.n_bytes_free
 
 
@@ -71,14 +77,19 @@ def convert(
     n_threads: int | None = None,
     progress: Progress | None = None,
     dry_run: bool = False,
+    resume: bool = False,
     name: str | None = None,
     chat_template: str | None = None,
+    max_file_bytes: int | None = None,
 ) -> ConvertResult:
-    """Convert a DeepSeek-V4 checkpoint in hub form into one native-dialect GGUF file.
+    """Convert a DeepSeek-V4 checkpoint in hub form into a native-dialect GGUF file.
 
     FP8 and FP4 codes and their scales are moved, never recomputed; the same input gives the same bytes.
     Memory stays at a few pieces of 4 MiB per thread. The file appears under its name when it is complete;
     an existing file is replaced at that moment.
+
+    Until then it is called ``NAME.partial``, and ``NAME.partial.journal`` says how far it got. A conversion that
+    ends early keeps both, once there are some 256 MiB to keep; a fault of the checkpoint removes them.
 
     Args:
         checkpoint: Folder with ``config.json``, the safetensors shards and, for text, the tokenizer files.
@@ -88,21 +99,27 @@ def convert(
         progress: Called as ``progress(bytes_done, bytes_total, tensor_name)`` after each piece; returning
             False cancels.
         dry_run: Check everything and compute all sizes, but write nothing.
+        resume: Go on where an interrupted conversion of the same checkpoint to the same file stopped, if there is
+            one. The result is the same file.
         name: ``general.name``; by default made from the folder's name.
         chat_template: Template text; by default upstream's for this generation of the model.
+        max_file_bytes: Split the output into files of at most this size, named ``STEM-00001-of-00009.gguf`` and so
+            on, of which the first opens the model. A tensor that is larger gets a file to itself.
 
     Raises:
-        ArgumentError: An argument is out of range, or ``outfile`` cannot be the name of a regular file.
+        ArgumentError: An argument is out of range or differs from the interrupted conversion's, or ``outfile``
+            cannot be the name of a regular file.
         ModelNotFoundError: The checkpoint folder, or the folder of ``outfile``, does not exist.
         MissingShardError: A file of the checkpoint is absent.
         MissingScaleError: A quantised weight has no scale.
         TileShapeError: A scale has another shape than the tiles need.
-        CheckpointError: The checkpoint is malformed or cannot be converted without loss.
+        CheckpointError: The checkpoint is malformed, cannot be converted without loss, or changed since the
+            conversion began.
         UnsupportedModelError: It is not a DeepSeek-V4 checkpoint.
-        DiskFullError: There is not enough space; nothing is left of the file.
+        DiskFullError: There is not enough space.
         CancelledError: ``progress`` returned False.
         ModelFileError: Another I/O error.
-        ConvertError: Another process is writing the same file.
+        ConvertError: Another process is writing the same file, or the interrupted conversion cannot go on.
     """
     if outtype not in OUTTYPES:
         raise ArgumentError(
@@ -113,6 +130,10 @@ def convert(
         raise ArgumentError(
             "cannot use so many threads", key="n_threads", found=n_threads, expected="1 to 1024"
         )
+    if max_file_bytes is not None and max_file_bytes < 1:
+        raise ArgumentError(
+            "cannot write files so small", key="max_file_bytes", found=max_file_bytes, expected="at least 1"
+        )
     path = check_output_path(outfile)
     with Checkpoint(checkpoint) as source:
         if any(path.exists() and path.samefile(shard) for shard in source.shards):
@@ -122,24 +143,36 @@ def convert(
                 found=str(path),
                 expected="another name",
             )
-        plan = make_plan(source, name=name, template=chat_template)
-        n_bytes_free = _free_bytes(path)
-        duration_s = 0.0
+        plan = make_plan(source, name=name, template=chat_template, max_file_bytes=max_file_bytes)
+        paths = [check_output_path(p) for p in output_paths(path, len(plan.files))]
+        n_bytes_free = _free_bytes(paths)
+        n_bytes_resumed, duration_s = 0, 0.0
         if not dry_run:
             if plan.n_bytes > n_bytes_free:
-                raise not_enough_space(path, plan.n_bytes, n_bytes_free)
+                raise not_enough_space(paths[0], plan.n_bytes, n_bytes_free)
+            options = {
+                "model-name": name,
+                "chat-template-file": chat_template,
+                "split-max-size": max_file_bytes,
+            }
             start_s = time.monotonic()
-            _write(source, plan, path, n_threads, progress)
+            with Journal(journal_path(path)) as journal:
+                identity = identify(source, plan, options)
+                if not (resume and journal.resume(identity)):
+                    journal.begin(identity)
+                n_bytes_resumed = _write(source, plan, paths, journal, identity, n_threads, progress)
             duration_s = time.monotonic() - start_s
     types = [(spec.file_type.name, spec.n_bytes) for spec in plan.specs]
     n_bytes_by_type: Counter[str] = Counter()
     for type_name, n_bytes in types:
         n_bytes_by_type[type_name] += n_bytes
     return ConvertResult(
-        path=path,
+        path=paths[0],
+        paths=paths,
         n_bytes=plan.n_bytes,
         n_bytes_payload=plan.n_bytes_payload,
-        n_bytes_header=len(plan.header),
+        n_bytes_header=plan.n_bytes_header,
+        n_bytes_resumed=n_bytes_resumed,
         n_tensors=len(plan.infos),
         n_tensors_by_type=Counter(type_name for type_name, _ in types),
         n_bytes_by_type=n_bytes_by_type,
@@ -152,18 +185,44 @@ def convert(
     )
 
 
-def _write(source: Checkpoint, plan: Plan, path: Path, n_threads: int, progress: Progress | None) -> None:
+def _write(
+    source: Checkpoint,
+    plan: Plan,
+    paths: Sequence[Path],
+    journal: Journal,
+    identity: Identity,
+    n_threads: int,
+    progress: Progress | None,
+) -> int:
+    """Write what is not there yet; return the bytes that were."""
     from .repack import tensor_jobs  # needs the compiled codecs, which a dry run does without
 
-    with OutputFile(path, plan.header) as out:
+    with Output(plan.files, paths, journal) as out:
+        n_bytes_done = out.n_bytes_done
+        todo = list(zip(plan.infos, plan.specs, strict=True))[journal.n_done :]
         write_tensors(
             out,
-            ((info, tensor_jobs(source, spec)) for info, spec in zip(plan.infos, plan.specs, strict=True)),
+            ((info, tensor_jobs(source, spec)) for info, spec in todo),
             n_threads=n_threads,
             n_bytes_total=plan.n_bytes_payload,
+            n_bytes_done=n_bytes_done,
             progress=progress,
         )
+        _check_unchanged(source, identity)
         out.commit()
+    return n_bytes_done
+
+
+def _check_unchanged(source: Checkpoint, identity: Identity) -> None:
+    for shard in source.shards:
+        if source.stamp(shard) != tuple(identity.shards[shard.name][:2]):
+            raise CheckpointError(
+                "the checkpoint changed while it was converted",
+                path=shard,
+                found="a shard that was written to",
+                expected="the same shard",
+                hint="Convert again when it is complete",
+            )
 
 
 def not_enough_space(path: Path, n_bytes: int, n_bytes_free: int) -> DiskFullError:
@@ -177,11 +236,14 @@ def not_enough_space(path: Path, n_bytes: int, n_bytes_free: int) -> DiskFullErr
     )
 
 
-def _free_bytes(path: Path) -> int:
-    free = shutil.disk_usage(path.parent).free
-    # what an interrupted conversion to the same name left behind is overwritten
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
-    return free + (partial.stat().st_size if partial.exists() else 0)
+def _free_bytes(paths: Sequence[Path]) -> int:
+    free = shutil.disk_usage(paths[0].parent).free
+    # what an interrupted conversion to the same name left behind is used or overwritten
+    for partial in map(partial_path, paths):
+        if partial.exists():
+            found = partial.stat()
+            free += min(found.st_size, getattr(found, "st_blocks", 1 << 62) * 512)
+    return free
 
 
 def _default_n_threads() -> int:

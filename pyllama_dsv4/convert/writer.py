@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Literal, NoReturn
+from typing import Final, Literal, NoReturn, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -44,10 +44,15 @@ __all__ = [
     "OutputFile",
     "OutputTensor",
     "Progress",
+    "Sink",
     "check_output_path",
     "header_bytes",
     "lay_out",
+    "lock_file",
     "padded",
+    "partial_path",
+    "sync_folder",
+    "write_error",
     "write_tensors",
 ]
 
@@ -58,16 +63,17 @@ ALIGNMENT: Final = 32
 
 PARTIAL_SUFFIX: Final = ".partial"
 
-ValueType = Literal["u32", "i32", "f32", "bool", "str", "i32[]", "f32[]", "str[]"]
+ValueType = Literal["u16", "u32", "i32", "f32", "bool", "str", "i32[]", "f32[]", "str[]"]
 
 _IDS: Final[dict[str, GGUFType]] = {
+    "u16": GGUFType.U16,
     "u32": GGUFType.U32,
     "i32": GGUFType.I32,
     "f32": GGUFType.F32,
     "bool": GGUFType.BOOL,
     "str": GGUFType.STR,
 }
-_STRUCTS: Final = {"u32": "I", "i32": "i", "f32": "f", "bool": "?"}
+_STRUCTS: Final = {"u16": "H", "u32": "I", "i32": "i", "f32": "f", "bool": "?"}
 
 
 @dataclass(frozen=True)
@@ -161,33 +167,44 @@ def _items(item: str, values: Sequence[object]) -> bytes:
 class OutputFile:
     """A file written front to back as ``NAME.partial`` and renamed when it is complete; a context manager.
 
-    Leaving the ``with`` block without ``commit`` removes the partial file. Should the process be killed, the
-    partial file stays, but it begins with zeros, so nothing takes it for a GGUF file: the header comes last.
+    Leaving the ``with`` block without ``commit`` removes the partial file, unless it is to be kept. Should the
+    process be killed, the partial file stays, but it begins with zeros, so nothing takes it for a GGUF file: the
+    header comes last.
 
     Args:
         path: Final name. An existing regular file is replaced at ``commit``, not before.
         header: Bytes that go to the front at ``commit``; data is written behind them.
+        position: Go on with the partial file that is there, after so many bytes; by default begin a new one.
+
+    Attributes:
+        path: Final name, links resolved.
+        partial: Name until ``commit``.
+        is_kept: Whether the partial file stays when it is not committed.
 
     Raises:
         ModelNotFoundError: The folder does not exist.
         ArgumentError: The path is not that of a regular file.
-        ConvertError: Another process is writing the same file.
+        ConvertError: Another process is writing the same file, or the partial file is shorter than ``position``.
         DiskFullError, ModelFileError: The file cannot be created.
     """
 
-    def __init__(self, path: str | os.PathLike[str], header: bytes) -> None:
+    def __init__(self, path: str | os.PathLike[str], header: bytes, *, position: int | None = None) -> None:
         self.path = check_output_path(path)
-        self.partial = self.path.with_name(self.path.name + PARTIAL_SUFFIX)
+        self.partial = partial_path(self.path)
+        self.is_kept = False
         self._header = header
-        self._position = len(header)
+        self._position = len(header) if position is None else position
         self._is_committed = False
+        flags = os.O_RDWR | (os.O_CREAT if position is None else 0) | getattr(os, "O_BINARY", 0)
         try:
-            self._fd = os.open(self.partial, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+            self._fd = os.open(self.partial, flags, 0o666)
         except OSError as e:
             self._fail(e)
         try:
-            self._lock()
-            os.ftruncate(self._fd, 0)
+            lock_file(self._fd, self.partial)
+            if position is not None:
+                self._check_size(position)
+            os.ftruncate(self._fd, 0 if position is None else position)
             os.lseek(self._fd, self._position, os.SEEK_SET)
         except OSError as e:
             os.close(self._fd)
@@ -202,10 +219,20 @@ class OutputFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._is_committed:
-            self._close()
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; unless it was committed or is kept, remove it. Idempotent."""
+        is_open = self._fd >= 0
+        self._close()
+        if is_open and not (self._is_committed or self.is_kept):
             with suppress(OSError):
                 os.unlink(self.partial)
+
+    @property
+    def position(self) -> int:
+        """Where the next byte goes."""
+        return self._position
 
     def write(self, data: memoryview | bytes) -> None:
         """Append bytes.
@@ -235,6 +262,17 @@ class OutputFile:
         except OSError as e:
             self._fail(e)
 
+    def sync(self) -> None:
+        """Flush what was written to the disk; another thread may write on meanwhile.
+
+        Raises:
+            DiskFullError, ModelFileError: As in ``write``.
+        """
+        try:
+            _fdatasync(self._fd)
+        except OSError as e:
+            self._fail(e)
+
     def commit(self) -> None:
         """Write the header, flush to the disk and give the file its name.
 
@@ -251,25 +289,21 @@ class OutputFile:
             if fcntl is None:
                 self._close()  # Windows renames closed files only; elsewhere the lock holds until the end
             os.replace(self.partial, self.path)
+            sync_folder(self.path.parent)
         except OSError as e:
             self._fail(e)
         self._is_committed = True
         self._close()
 
-    def _lock(self) -> None:
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # between open and lock the other process may have given the file its final name
-            is_ours = os.stat(self.partial).st_ino == os.fstat(self._fd).st_ino
-        except (BlockingIOError, FileNotFoundError):
-            is_ours = False
-        if not is_ours:
+    def _check_size(self, position: int) -> None:
+        n_bytes = os.fstat(self._fd).st_size
+        if n_bytes < position:
             raise ConvertError(
-                "another process is writing this file",
+                "the partial file is not what the interrupted conversion left",
                 path=self.partial,
-                hint="Wait until it has finished, or choose another output file",
+                found=f"{n_bytes:,} bytes",
+                expected=f"at least {position:,}",
+                hint="Start over, without resuming",
             )
 
     def _close(self) -> None:
@@ -279,29 +313,57 @@ class OutputFile:
                 os.close(fd)
 
     def _fail(self, e: OSError) -> NoReturn:
-        where = f"{self.path.name} was not written and nothing of it is left"
-        if e.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
-            raise DiskFullError(
-                "the disk is full", path=self.path, found=e.strerror, hint=f"Free some space; {where}"
-            ) from e
-        if e.errno == errno.EFBIG:
-            raise DiskFullError(
-                "the file system or a limit does not allow a file of this size",
-                path=self.path,
-                found=f"{e.strerror} at byte {self._position}",
-                hint=f"Write to another file system, or raise the limit (ulimit -f); {where}",
-            ) from e
-        raise ModelFileError(
-            "cannot write", path=self.path, found=e.strerror or e, hint=where[0].upper() + where[1:]
+        state = f"what there is of it is in {self.partial.name}" if self.is_kept else "nothing of it is left"
+        raise write_error(
+            self.path, e, hint=f"The file was not completed and {state}", position=self._position
         ) from e
 
 
+def write_error(
+    path: Path, e: OSError, *, hint: str | None = None, position: int | None = None
+) -> DiskFullError | ModelFileError:
+    """Return the named error for a failed write.
+
+    Args:
+        path: The file.
+        e: What the system said.
+        hint: What there is of the file now, one sentence.
+        position: Byte at which it failed.
+    """
+    state = "" if hint is None else f". {hint}"
+    if e.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+        return DiskFullError("the disk is full", path=path, found=e.strerror, hint=f"Free some space{state}")
+    if e.errno == errno.EFBIG:
+        return DiskFullError(
+            "the file system or a limit does not allow a file of this size",
+            path=path,
+            found=f"{e.strerror} at byte {position}",
+            hint=f"Write to another file system, or raise the limit (ulimit -f){state}",
+        )
+    return ModelFileError("cannot write", path=path, found=e.strerror or e, hint=hint)
+
+
+class Sink(Protocol):
+    """What ``write_tensors`` writes to."""
+
+    @property
+    def path(self) -> Path:
+        """For messages."""
+
+    def write(self, data: memoryview | bytes) -> None:
+        """Append bytes of a tensor."""
+
+    def pad(self) -> None:
+        """End a tensor."""
+
+
 def write_tensors(
-    out: OutputFile,
+    out: Sink,
     tensors: Iterable[tuple[OutputTensor, Iterable[Job]]],
     *,
     n_threads: int,
     n_bytes_total: int,
+    n_bytes_done: int = 0,
     progress: Progress | None = None,
 ) -> None:
     """Produce the data of all tensors on worker threads and write it, in order, from this one.
@@ -312,7 +374,7 @@ def write_tensors(
         CancelledError: ``progress`` returned False.
         DiskFullError, ModelFileError: As in ``OutputFile.write``.
     """
-    n_done = 0
+    n_done = n_bytes_done
     pending: deque[tuple[OutputTensor, Future[npt.NDArray[np.uint8]] | None]] = deque()
 
     def write_next() -> None:
@@ -339,6 +401,47 @@ def write_tensors(
             write_next()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def partial_path(path: Path) -> Path:
+    """Return the name of a file until it is complete."""
+    return path.with_name(path.name + PARTIAL_SUFFIX)
+
+
+def lock_file(fd: int, path: Path) -> None:
+    """Lock an open file against other processes, until it is closed.
+
+    Raises:
+        ConvertError: Another process has it locked, or finished with it just now.
+    """
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # between open and lock the other process may have renamed or removed the file
+        is_ours = os.stat(path).st_ino == os.fstat(fd).st_ino
+    except (BlockingIOError, FileNotFoundError):
+        is_ours = False
+    if not is_ours:
+        raise ConvertError(
+            "another process is writing this file",
+            path=path,
+            hint="Wait until it has finished, or choose another output file",
+        )
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush names created, changed or removed in a folder to the disk, where the system can."""
+    with suppress(OSError):  # Windows opens no folders; some network file systems flush none
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def _fdatasync(fd: int) -> None:
+    getattr(os, "fdatasync", os.fsync)(fd)  # macOS has only the latter
 
 
 def check_output_path(path: str | os.PathLike[str]) -> Path:

@@ -16,7 +16,10 @@ import pytest
 from cli_process import TIMEOUT_S, command
 
 from pyllama_dsv4 import synth
+from pyllama_dsv4.convert import convert
+from pyllama_dsv4.errors import CancelledError
 from pyllama_dsv4.gguf_file import parse_gguf
+from pyllama_dsv4.header import check_header
 
 pytest.importorskip("pyllama_dsv4._codec", reason="the codecs are not built")
 
@@ -135,24 +138,82 @@ def test_no_such_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("sig", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_remove_the_partial_file(tmp_path: Path, sig: signal.Signals, code: int) -> None:
+@pytest.mark.parametrize("n_mib", [0, 300])
+def test_signals_leave_what_can_be_resumed(
+    tmp_path: Path, sig: signal.Signals, code: int, n_mib: int
+) -> None:
+    """Little is not worth keeping; of more, the command says how to go on."""
     folder = synth.write_checkpoint(
-        tmp_path / "x", synth.flash_config(num_hidden_layers=2, num_hash_layers=2), seed=0, is_sparse=True
+        tmp_path / "x",
+        synth.flash_config(num_hidden_layers=2, num_hash_layers=2, vocab_size=1024),
+        seed=0,
+        is_sparse=True,
     )
     out = tmp_path / "out"
     out.mkdir()
+    partial = out / "x.gguf.partial"
     process = subprocess.Popen(
         command("convert", folder, "--outfile", out / "x.gguf"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    wait_until(lambda: (out / "x.gguf.partial").exists() or process.poll() is not None)
+    journal = out / "x.gguf.partial.journal"
+    wait_until(
+        lambda: (
+            process.poll() is not None
+            or (partial.exists() and not n_mib)
+            or (journal.exists() and b"n_done" in journal.read_bytes())
+        )
+    )
     process.send_signal(sig)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == code, stderr
-    assert os.listdir(out) == []
     assert "Traceback" not in stderr
+    if b"n_done" in (journal.read_bytes() if journal.exists() else b""):
+        assert sorted(os.listdir(out)) == [partial.name, journal.name]
+        assert "--resume to go on" in stderr
+        with open(partial, "rb") as f:
+            assert f.read(4) == bytes(4)
+    else:
+        assert not n_mib
+        assert os.listdir(out) == []
+
+
+def test_resumes(tiny: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "whole.gguf"
+    assert run(tiny, "--outfile", whole, "-q").returncode == 0
+    path = tmp_path / "x.gguf"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pyllama_dsv4.convert.output.SYNC_BYTES", 100_000)
+        with pytest.raises(CancelledError):
+            convert(tiny, path, progress=lambda done, *_: done < 5_000_000)
+    done = run(tiny, "--outfile", path, "--resume", "--model-name", "Other")
+    assert done.returncode == 2
+    assert "other options than the conversion began with (key 'model-name')" in done.stderr
+    done = run(tiny, "--outfile", path, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"resumed after +4,\d{3},\d{3} bytes", done.stdout)
+    assert path.read_bytes() == whole.read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["whole.gguf", "x.gguf"]
+
+
+def test_split(tiny: Path, tmp_path: Path) -> None:
+    done = run(tiny, "--outfile", tmp_path / "x.gguf", "--split-max-size", "3M", "-v")
+    assert done.returncode == 0, done.stderr
+    names = [f"x-0000{i}-of-00004.gguf" for i in (1, 2, 3, 4)]
+    assert sorted(os.listdir(tmp_path)) == names
+    assert f"wrote {tmp_path / names[0]} and 3 more files" in done.stdout
+    for name in names:
+        assert f"{name}, {(tmp_path / name).stat().st_size:,} bytes:" in done.stdout
+    assert len(check_header(tmp_path / names[0]).header.shards) == 4
+
+
+@pytest.mark.parametrize("size", ["0", "-5", "3.5G", "2T", "G", "3 M", "9" * 16])
+def test_sizes_that_are_none(tiny: Path, tmp_path: Path, size: str) -> None:
+    done = run(tiny, "--outfile", tmp_path / "x.gguf", f"--split-max-size={size}")
+    assert done.returncode == 2
+    assert "is not a size such as 50G" in done.stderr
 
 
 def wait_until(condition: Any) -> None:

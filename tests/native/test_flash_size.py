@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pyllama_dsv4 import Llama, errors, synth
-from pyllama_dsv4.warmup import available_bytes
+from pyllama_dsv4.machine import available_bytes
 
 N_BYTES = 156_148_189_760
 N_TOKENS = 32

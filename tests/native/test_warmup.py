@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from pyllama_dsv4 import Llama, Progress
-from pyllama_dsv4.warmup import CHUNK_BYTES, Warmup, available_bytes
+from pyllama_dsv4.machine import available_bytes
+from pyllama_dsv4.warmup import CHUNK_BYTES, Warmup
 
 N_BYTES = 5 * CHUNK_BYTES
 
