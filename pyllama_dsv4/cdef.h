@@ -328,6 +328,7 @@ size_t llama_state_set_data(struct llama_context *ctx, const uint8_t *src, size_
 size_t llama_state_seq_get_size(struct llama_context *ctx, llama_seq_id seq_id);
 size_t llama_state_seq_get_data(struct llama_context *ctx, uint8_t *dst, size_t size, llama_seq_id seq_id);
 size_t llama_state_seq_set_data(struct llama_context *ctx, const uint8_t *src, size_t size, llama_seq_id dest_seq_id);
+void llama_set_n_threads(struct llama_context *ctx, int32_t n_threads, int32_t n_threads_batch);
 float *llama_get_logits_ith(struct llama_context *ctx, int32_t i);
 enum llama_token_attr llama_vocab_get_attr(const struct llama_vocab *vocab, llama_token token);
 bool llama_vocab_is_eog(const struct llama_vocab *vocab, llama_token token);

@@ -147,6 +147,10 @@ class Context:
         """Whether ``logits`` can be read."""
         return self._logits is not None
 
+    def set_n_threads(self, n_threads: int) -> None:
+        """Use this many threads for prefill and decode from now on."""
+        lib.llama_set_n_threads(self.pointer, n_threads, n_threads)
+
     def clear(self) -> None:
         """Forget all tokens of all sequences."""
         lib.llama_memory_clear(lib.llama_get_memory(self.pointer), True)

@@ -39,6 +39,7 @@ _COMMANDS: Final = {
     },
     "Proof": {
         "selftest": ("pyllama_dsv4.cli.selftest", "Check that this build computes what it should."),
+        "bench": ("pyllama_dsv4.cli.bench", "Measure prefill and decode, beside what memory allows."),
         "score": (
             "pyllama_dsv4.cli.score",
             "Measure how likely a model finds a text, and how two runs differ.",
