@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from .errors import CheckpointError, ClosedError, MissingShardError, ModelFileError, ModelNotFoundError
 
-__all__ = ["DTYPES", "Checkpoint", "SourceTensor"]
+__all__ = ["DTYPES", "Checkpoint", "DataFile", "SourceTensor", "is_plain_shard_name", "parse_header"]
 
 DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "BOOL": np.dtype("?"),
@@ -55,7 +55,12 @@ WEIGHT_SUFFIXES: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 # The safetensors library refuses larger headers too. The limit on other JSON files leaves room for a
 # tokenizer ten times the size of V4's.
 MAX_HEADER_BYTES: Final = 100_000_000
+LENGTH_BYTES: Final = 8
+"""A safetensors file starts with the length of its header."""
 MAX_JSON_BYTES: Final = 100_000_000
+
+
+_DOWNLOAD_AGAIN: Final = "The download was interrupted; download the shard again"
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,7 @@ class Checkpoint:
                 )
             raise ModelNotFoundError("no such checkpoint folder", path=self.folder)
         self.config: dict[str, Any] = self._required_json(CONFIG_NAME)
-        self._files: dict[Path, _ShardFile] = {}
+        self._files: dict[Path, DataFile] = {}
         self._is_closed = False
         with ExitStack() as undo:
             undo.callback(self.close)
@@ -194,7 +199,7 @@ class Checkpoint:
             raise ClosedError("the checkpoint is closed", path=self.folder, tensor=name)
         if start < 0 or start + out.size > t.n_bytes:
             raise ValueError(f"bytes {start} to {start + out.size} of {name}, which has {t.n_bytes}")
-        self._files[t.path].read_into(t, t.offset + start, out.data)
+        self._files[t.path].read_into(name, t.offset + start, out.data)
 
     def header(self, shard: Path) -> bytes:
         """Read a shard's header verbatim: its length in 8 bytes, then the JSON text, up to the first tensor.
@@ -205,10 +210,9 @@ class Checkpoint:
         """
         file = self._open_file(shard)
         raw = bytearray(8)
-        whole = SourceTensor("(header)", "U8", (8,), shard, 0, 8)
-        file.read_into(whole, 0, memoryview(raw))
+        file.read_into("(header)", 0, memoryview(raw))
         raw += bytearray(int.from_bytes(raw, "little"))
-        file.read_into(whole, 8, memoryview(raw)[8:])
+        file.read_into("(header)", 8, memoryview(raw)[8:])
         return bytes(raw)
 
     def stamp(self, shard: Path) -> tuple[int, int]:
@@ -223,7 +227,7 @@ class Checkpoint:
             raise ModelFileError("cannot read", path=shard, found=e.strerror or e) from e
         return found.st_size, found.st_mtime_ns
 
-    def _open_file(self, shard: Path) -> _ShardFile:
+    def _open_file(self, shard: Path) -> DataFile:
         if self._is_closed:
             raise ClosedError("the checkpoint is closed", path=self.folder)
         return self._files[shard]
@@ -275,7 +279,7 @@ class Checkpoint:
                 expected="an object that maps tensor names to shard names",
             )
         for name, shard in weight_map.items():
-            if not isinstance(shard, str) or not _is_plain_shard_name(shard):
+            if not isinstance(shard, str) or not is_plain_shard_name(shard):
                 raise CheckpointError(
                     "the shard index names a file outside the checkpoint folder",
                     path=index_path,
@@ -331,13 +335,24 @@ class Checkpoint:
         return tensors
 
     def _open_shard(self, path: Path) -> list[SourceTensor]:
-        file = _ShardFile(path)
+        file = DataFile(path)
         self._files[path] = file
         return _read_header(file)
 
 
-class _ShardFile:
-    """One open shard, read by position so that threads need no lock."""
+class DataFile:
+    """One open file of tensor data, read by position so that threads need no lock.
+
+    Args:
+        path: The file.
+
+    Attributes:
+        path: The file.
+        n_bytes: Its size when it was opened.
+
+    Raises:
+        ModelFileError: It cannot be opened.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -348,12 +363,14 @@ class _ShardFile:
             self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by Checkpoint.close
             self.n_bytes = os.fstat(self._file.fileno()).st_size
         except OSError as e:
-            raise ModelFileError("cannot open a shard", path=path, found=e.strerror or e) from e
+            raise ModelFileError("cannot open", path=path, found=e.strerror or e) from e
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
     def fileno(self) -> int:
+        """Return the descriptor."""
         return self._file.fileno()
 
     def read_at(self, offset: int, view: memoryview) -> int:
@@ -364,28 +381,78 @@ class _ShardFile:
             self._file.seek(offset)
             return self._file.readinto(view) or 0
 
-    def read_into(self, t: SourceTensor, offset: int, view: memoryview) -> None:
+    def read_into(self, tensor: str, offset: int, view: memoryview) -> None:
+        """Fill ``view`` from byte ``offset`` of the file on.
+
+        Args:
+            tensor: What is read, for messages.
+            offset: Bytes from the start of the file.
+            view: Where to.
+
+        Raises:
+            CheckpointError: The file became shorter since it was opened.
+            ModelFileError: The read failed.
+        """
         while view.nbytes:
             try:
                 n = self.read_at(offset, view)
             except OSError as e:
                 raise ModelFileError(
-                    "reading a tensor failed", path=self.path, tensor=t.name, found=e.strerror or e
+                    "reading a tensor failed", path=self.path, tensor=tensor, found=e.strerror or e
                 ) from e
             if n == 0:
                 raise CheckpointError(
-                    "a shard became shorter while it was read",
+                    "the file became shorter while it was read",
                     path=self.path,
-                    tensor=t.name,
+                    tensor=tensor,
                     found=f"end of file at byte {offset}",
                     expected=f"{self.n_bytes} bytes",
                 )
             offset, view = offset + n, view[n:]
 
 
-def _read_header(file: _ShardFile) -> list[SourceTensor]:
+def _read_header(file: DataFile) -> list[SourceTensor]:
     """Read and check one safetensors header; the tensors come back in the order of their data."""
     path, n_file = file.path, file.n_bytes
+
+    def fail(found: object, expected: object, *, hint: str) -> NoReturn:
+        raise CheckpointError(
+            "malformed safetensors file", path=path, found=found, expected=expected, hint=hint
+        )
+
+    if n_file < LENGTH_BYTES:
+        fail(f"{n_file} bytes", f"at least {LENGTH_BYTES}, the length of the header", hint=_DOWNLOAD_AGAIN)
+    prefix = bytearray(LENGTH_BYTES)
+    file.read_into("(header)", 0, memoryview(prefix))
+    n_header = int.from_bytes(prefix, "little")
+    if n_header > MAX_HEADER_BYTES:
+        fail(
+            f"a header of {n_header} bytes",
+            f"at most {MAX_HEADER_BYTES}",
+            hint="This is not a safetensors file",
+        )
+    data_start = LENGTH_BYTES + n_header
+    if data_start > n_file:
+        fail(f"{n_file} bytes, shorter than its header", f"at least {data_start}", hint=_DOWNLOAD_AGAIN)
+    raw = bytearray(n_header)
+    file.read_into("(header)", LENGTH_BYTES, memoryview(raw))
+    return parse_header(bytes(prefix + raw), path, n_file)
+
+
+def parse_header(raw: bytes, path: Path, n_file: int) -> list[SourceTensor]:
+    """Parse and check the header of a safetensors file.
+
+    Args:
+        raw: Everything before the first tensor: the length in 8 bytes, then that much JSON.
+        path: The file it is of.
+        n_file: Size of that file in bytes.
+
+    Returns:
+        Its tensors, in the order of their data.
+
+    Raises:
+        CheckpointError: The header is malformed, or the file has another size than it says.
+    """
 
     def fail(
         found: object, expected: object, *, tensor: str | None = None, hint: str | None = None
@@ -394,25 +461,8 @@ def _read_header(file: _ShardFile) -> list[SourceTensor]:
             "malformed safetensors file", path=path, tensor=tensor, found=found, expected=expected, hint=hint
         )
 
-    again = "The download was interrupted; download the shard again"
-    if n_file < 8:
-        fail(f"{n_file} bytes", "at least 8, the length of the header", hint=again)
-    prefix = bytearray(8)
-    file.read_into(SourceTensor("(header)", "U8", (8,), path, 0, 8), 0, memoryview(prefix))
-    n_header = int.from_bytes(prefix, "little")
-    if n_header > MAX_HEADER_BYTES:
-        fail(
-            f"a header of {n_header} bytes",
-            f"at most {MAX_HEADER_BYTES}",
-            hint="This is not a safetensors file",
-        )
-    data_start = 8 + n_header
-    if data_start > n_file:
-        fail(f"{n_file} bytes, shorter than its header", f"at least {data_start}", hint=again)
-    raw = bytearray(n_header)
-    file.read_into(SourceTensor("(header)", "U8", (n_header,), path, 8, n_header), 8, memoryview(raw))
-    header = _parse_json(bytes(raw), path)
-
+    header = _parse_json(raw[LENGTH_BYTES:], path)
+    data_start = len(raw)
     tensors = []
     for name, info in header.items():
         if name == "__metadata__":
@@ -439,7 +489,7 @@ def _read_header(file: _ShardFile) -> list[SourceTensor]:
                 f"data up to byte {data_start + end} in a file of {n_file}",
                 f"a file of at least {data_start + end} bytes",
                 tensor=name,
-                hint=again,
+                hint=_DOWNLOAD_AGAIN,
             )
         tensors.append(SourceTensor(name, dtype, tuple(shape), path, data_start + begin, n_bytes))
 
@@ -471,7 +521,8 @@ def _is_printable_name(name: str) -> bool:
 _SHARD_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 
 
-def _is_plain_shard_name(name: str) -> bool:
+def is_plain_shard_name(name: str) -> bool:
+    """Tell whether a name found in a file can only be that of a shard in the same folder."""
     return _SHARD_NAME.fullmatch(name) is not None
 
 

@@ -36,12 +36,15 @@ from .convert.tokenizer import PRE_TOKENIZER_PATTERNS
 from .convert.writer import Job, OutputFile, header_bytes, lay_out, write_tensors
 from .errors import ArgumentError, DiskFullError, ModelFileError, PyllamaError
 from .gguf_types import FILE_TYPES
-from .tensors import HParams, TensorSpec, tensor_table
+from .tensors import HParams, TensorSpec, block_specs, tensor_table
 
 __all__ = [
+    "Draft",
     "Tokenizer",
     "demo_model",
+    "dspark_config",
     "flash_config",
+    "pro_config",
     "tiny_config",
     "write_checkpoint",
     "write_safetensors",
@@ -121,6 +124,26 @@ def flash_config(**changes: object) -> dict[str, Any]:
         "tie_word_embeddings": False,
         **changes,
     }
+
+
+def pro_config(**changes: object) -> dict[str, Any]:
+    """Return ``config.json`` of DeepSeek-V4-Pro as far as a runtime needs it, with ``changes`` applied.
+
+    Source: spec native-gguf section 8.
+    """
+    pro = {
+        "num_hidden_layers": 61,
+        "hidden_size": 7168,
+        "num_attention_heads": 128,
+        "q_lora_rank": 1536,
+        "o_groups": 16,
+        "compress_ratios": [128, 128] + [4 if il % 2 == 0 else 128 for il in range(2, 61)] + [0],
+        "index_topk": 1024,
+        "moe_intermediate_size": 3072,
+        "n_routed_experts": 384,
+        "routed_scaling_factor": 2.5,
+    }
+    return flash_config(**(pro | changes))
 
 
 def tiny_config(**changes: object) -> dict[str, Any]:
@@ -301,8 +324,9 @@ def _distribution(name: str, n_inputs: int) -> tuple[float, float]:
 
 def _weights(specs: Sequence[TensorSpec], n_expert: int, seed: int) -> Iterator[_Source]:
     for spec in specs:
-        for weight, scale in sources(spec):
-            yield from _weight(spec, weight, scale, n_expert, seed)
+        for part in spec.parts:
+            for weight, scale in sources(part):
+                yield from _weight(part, weight, scale, n_expert, seed)
 
 
 def _weight(
@@ -364,6 +388,57 @@ def _expert_choices(random: _Random, shape: tuple[int, ...], n_expert: int) -> I
     yield (first[:, None] + np.arange(n_used) * stride[:, None]) % n_expert
 
 
+Draft = Literal["mtp", "dspark"]
+"""Kind of the draft model in a checkpoint: the preview's prediction block, or 0731's three blocks."""
+
+DSPARK_RANK: Final = 256
+DSPARK_N_BLOCKS: Final = 3
+
+
+def dspark_config(hp: HParams) -> dict[str, Any]:
+    """Return what a checkpoint with DSpark has in ``config.json`` besides."""
+    return {
+        "dspark_block_size": 5,
+        "dspark_noise_token_id": hp.n_vocab - 1,
+        "dspark_target_layer_ids": list(range(hp.n_layer))[-3:],
+    }
+
+
+def _draft_specs(hp: HParams, draft: Draft) -> list[TensorSpec]:
+    """List the draft tensors of a checkpoint; only their checkpoint names and dimensions count."""
+    d = hp.n_embd
+
+    def plain(name: str, *dims: int) -> TensorSpec:
+        return TensorSpec(name, name, (name,), dims, "bf16" if name.endswith(".weight") else "f32", None)
+
+    def matrix(name: str, *dims: int) -> TensorSpec:
+        return TensorSpec(name, name, (f"{name}.weight", f"{name}.scale"), dims, "f8", None)
+
+    if draft == "mtp":
+        first = last = "mtp.0"
+        specs = block_specs(hp, 0, first)
+        specs += [matrix(f"{first}.{name}", d, d) for name in ("e_proj", "h_proj")]
+        specs += [plain(f"{first}.{name}.weight", d) for name in ("enorm", "hnorm")]
+    else:
+        first, last = "mtp.0", f"mtp.{DSPARK_N_BLOCKS - 1}"
+        specs = [spec for i in range(DSPARK_N_BLOCKS) for spec in block_specs(hp, i, f"mtp.{i}")]
+        n_targets = len(dspark_config(hp)["dspark_target_layer_ids"])
+        specs += [
+            matrix(f"{first}.main_proj", n_targets * d, d),
+            plain(f"{first}.main_norm.weight", d),
+            plain(f"{last}.markov_head.markov_w1.weight", DSPARK_RANK, hp.n_vocab),
+            plain(f"{last}.markov_head.markov_w2.weight", DSPARK_RANK, hp.n_vocab),
+            plain(f"{last}.confidence_head.proj.weight", d + DSPARK_RANK, 1),
+        ]
+    return [
+        *specs,
+        plain(f"{last}.norm.weight", d),
+        plain(f"{last}.hc_head_base", hp.hc_count),
+        plain(f"{last}.hc_head_fn", hp.hc_count * d, hp.hc_count),
+        plain(f"{last}.hc_head_scale", 1),
+    ]
+
+
 # --- checkpoints --------------------------------------------------------------------------------------
 
 
@@ -375,6 +450,7 @@ def write_checkpoint(
     tokenizer: Tokenizer | None = None,
     n_shards: int = 1,
     is_sparse: bool = False,
+    draft: Draft | None = None,
 ) -> Path:
     """Write a random checkpoint in hub form.
 
@@ -385,6 +461,7 @@ def write_checkpoint(
         tokenizer: Which tokenizer files to add; None for a model that knows token ids only.
         n_shards: 1 for ``model.safetensors``; more for that many shards with an index.
         is_sparse: Write true headers, but no data: every weight reads as zero and takes no disk space.
+        draft: Add a draft model for speculative decoding, behind the other tensors.
 
     Returns:
         The folder.
@@ -408,13 +485,16 @@ def write_checkpoint(
                 expected=f"at least {N_VOCAB[tokenizer]} for the tokenizer {tokenizer!r}",
             )
         _write_tokenizer(folder, tokenizer)
+    if draft == "dspark":
+        config = {**dspark_config(hp), **config}
     _write_json(folder / "config.json", config)
     _write_json(
         folder / "generation_config.json",
         {"bos_token_id": 0, "eos_token_id": 1, "do_sample": True, "temperature": 1.0, "top_p": 1.0},
     )
     (folder / "README.md").write_text("---\nlicense: mit\n---\nRandom weights.\n", encoding="utf-8")
-    tensors = list(_weights(tensor_table(hp), hp.n_expert, seed))
+    specs = tensor_table(hp) + (_draft_specs(hp, draft) if draft is not None else [])
+    tensors = list(_weights(specs, hp.n_expert, seed))
     _write_shards(folder, tensors, n_shards, is_sparse=is_sparse)
     return folder
 

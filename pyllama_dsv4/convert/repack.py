@@ -6,7 +6,7 @@ can work while memory stays at a few pieces. Nothing here rounds: what would hav
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -21,7 +21,7 @@ from pyllama_dsv4.tensors import TensorSpec
 from .plan import GROUP, TILE, sources
 from .writer import Job
 
-__all__ = ["tensor_jobs"]
+__all__ = ["PIECE_BYTES", "rows_per_piece", "tensor_jobs"]
 
 PIECE_BYTES: Final = 4 << 20
 """Aim for pieces of this size: large enough to hide the overhead of a job, small enough for a cache."""
@@ -39,8 +39,10 @@ def tensor_jobs(checkpoint: Checkpoint, spec: TensorSpec) -> Iterator[Job]:
             expert id out of range.
         ModelFileError: Reading failed.
     """
-    if spec.kind in ("f8", "mxfp4"):
-        rows, step = spec.dims[1], _rows_per_piece(spec)
+    if len(spec.parts) > 1:
+        yield from (partial(_joined, jobs, spec) for jobs in zip(*_parts(checkpoint, spec), strict=True))
+    elif spec.kind in ("f8", "mxfp4"):
+        rows, step = spec.dims[1], rows_per_piece(spec)
         for weight, scale in sources(spec):
             assert scale is not None
             for row in range(0, rows, step):
@@ -52,7 +54,18 @@ def tensor_jobs(checkpoint: Checkpoint, spec: TensorSpec) -> Iterator[Job]:
             yield partial(_values, checkpoint, spec, name, start, min(start + step, n_elements))
 
 
-def _rows_per_piece(spec: TensorSpec) -> int:
+def _parts(checkpoint: Checkpoint, spec: TensorSpec) -> Iterator[Iterator[Job]]:
+    return (tensor_jobs(checkpoint, part) for part in spec.parts)
+
+
+def _joined(jobs: Sequence[Job], spec: TensorSpec) -> Bytes:
+    """The same rows of matrices that lie side by side."""
+    row_bytes = spec.file_type.n_bytes(spec.parts[0].dims[0])
+    return np.concatenate([job().reshape(-1, row_bytes) for job in jobs], axis=1).reshape(-1)
+
+
+def rows_per_piece(spec: TensorSpec) -> int:
+    """Return how many rows of a quantised tensor make a piece: whole tiles."""
     row_bytes = spec.file_type.n_bytes(spec.dims[0])
     return max(PIECE_BYTES // row_bytes // TILE, 1) * TILE
 

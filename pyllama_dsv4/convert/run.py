@@ -14,6 +14,7 @@ from typing import Final
 from pyllama_dsv4.checkpoint import Checkpoint
 from pyllama_dsv4.errors import ArgumentError, CheckpointError, DiskFullError
 
+from .draft import make_draft_plan
 from .journal import Identity, Journal, identify
 from .output import Output, journal_path, output_paths
 from .plan import Plan, make_plan
@@ -81,6 +82,7 @@ def convert(
     name: str | None = None,
     chat_template: str | None = None,
     max_file_bytes: int | None = None,
+    draft: bool = False,
 ) -> ConvertResult:
     """Convert a DeepSeek-V4 checkpoint in hub form into a native-dialect GGUF file.
 
@@ -105,6 +107,8 @@ def convert(
         chat_template: Template text; by default upstream's for this generation of the model.
         max_file_bytes: Split the output into files of at most this size, named ``STEM-00001-of-00009.gguf`` and so
             on, of which the first opens the model. A tensor that is larger gets a file to itself.
+        draft: Write the checkpoint's draft model for speculative decoding instead of the model: MTP of the preview,
+            DSpark of 0731.
 
     Raises:
         ArgumentError: An argument is out of range or differs from the interrupted conversion's, or ``outfile``
@@ -125,7 +129,7 @@ def convert(
         raise ArgumentError(
             "unknown output type", key="outtype", found=repr(outtype), expected=" or ".join(OUTTYPES)
         )
-    n_threads = _default_n_threads() if n_threads is None else n_threads
+    n_threads = default_n_threads() if n_threads is None else n_threads
     if not 1 <= n_threads <= 1024:
         raise ArgumentError(
             "cannot use so many threads", key="n_threads", found=n_threads, expected="1 to 1024"
@@ -143,7 +147,10 @@ def convert(
                 found=str(path),
                 expected="another name",
             )
-        plan = make_plan(source, name=name, template=chat_template, max_file_bytes=max_file_bytes)
+        if draft:
+            plan = make_draft_plan(source, name=name, max_file_bytes=max_file_bytes)
+        else:
+            plan = make_plan(source, name=name, template=chat_template, max_file_bytes=max_file_bytes)
         paths = [check_output_path(p) for p in output_paths(path, len(plan.files))]
         n_bytes_free = _free_bytes(paths)
         n_bytes_resumed, duration_s = 0, 0.0
@@ -154,6 +161,7 @@ def convert(
                 "model-name": name,
                 "chat-template-file": chat_template,
                 "split-max-size": max_file_bytes,
+                "draft": draft,
             }
             start_s = time.monotonic()
             with Journal(journal_path(path)) as journal:
@@ -246,7 +254,8 @@ def _free_bytes(paths: Sequence[Path]) -> int:
     return free
 
 
-def _default_n_threads() -> int:
+def default_n_threads() -> int:
+    """Return the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
