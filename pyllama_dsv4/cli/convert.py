@@ -18,7 +18,7 @@ from pyllama_dsv4.convert.writer import PARTIAL_SUFFIX
 
 from .exit_codes import ExitCode
 from .help import Command, option
-from .progress import print_rows, progress, size
+from .progress import byte_progress, print_rows, size
 from .terminal import Ui, clean
 
 __all__ = ["convert"]
@@ -60,7 +60,7 @@ OUTPUT: Final = "Output"
     "n_threads",
     type=click.IntRange(1, 1024),
     metavar="N",
-    default_text="all cores",
+    default_text="all cores, at least 4",
     section=CONVERSION,
     is_brief=True,
     help="Worker threads.",
@@ -165,7 +165,7 @@ def convert(
     template = None if chat_template_file is None else chat_template_file.read_text(encoding="utf-8")
     if recipe is not None and not dry_run:
         _write_recipe(ui, checkpoint, recipe, n_threads, is_shown=not quiet)
-    with _saying_what_is_kept(ui, outfile), progress(ui, is_shown=not (quiet or dry_run)) as report:
+    with _saying_what_is_kept(ui, outfile), byte_progress(ui, is_shown=not (quiet or dry_run)) as report:
         result = convert_checkpoint(
             checkpoint,
             outfile,
@@ -192,7 +192,7 @@ def convert(
 
 def _write_recipe(ui: Ui, checkpoint: Path, path: Path, n_threads: int | None, *, is_shown: bool) -> None:
     ui.note("hashing the checkpoint for the recipe")
-    with progress(ui, is_shown=is_shown) as report:
+    with byte_progress(ui, is_shown=is_shown) as report:
         recipe = write_recipe(checkpoint, path, n_threads=n_threads or default_n_threads(), progress=report)
     if is_shown:
         click.echo(f"wrote {clean(str(recipe.path))}")

@@ -18,7 +18,7 @@ from .terminal import Ui, clean
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-__all__ = ["Report", "print_rows", "progress", "size"]
+__all__ = ["Report", "byte_progress", "print_rows", "size"]
 
 LINE_INTERVAL_S: Final = 5.0
 """Seconds between progress lines when stderr is not a terminal."""
@@ -45,7 +45,7 @@ def print_rows(rows: Sequence[tuple[str, str]]) -> None:
 
 
 @contextmanager
-def progress(ui: Ui, *, is_shown: bool) -> Iterator[Report | None]:
+def byte_progress(ui: Ui, *, is_shown: bool) -> Iterator[Report | None]:
     """Give a callback that shows progress on stderr; None if it is not to be shown."""
     if not is_shown:
         yield None

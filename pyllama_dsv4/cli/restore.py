@@ -11,7 +11,7 @@ from pyllama_dsv4.convert import restore as restore_checkpoint
 
 from .exit_codes import ExitCode
 from .help import Command, option
-from .progress import print_rows, progress
+from .progress import byte_progress, print_rows
 from .terminal import Ui, clean
 
 __all__ = ["restore"]
@@ -44,7 +44,7 @@ N_NAMES = 3
     "n_threads",
     type=click.IntRange(1, 1024),
     metavar="N",
-    default_text="all cores",
+    default_text="all cores, at least 4",
     section="Restoring",
     is_brief=True,
     help="Worker threads.",
@@ -58,7 +58,7 @@ def restore(file: Path, out: Path, recipe: Path, n_threads: int | None, quiet: b
     rebuilt; the exit code is 1 then.
     """
     ui = Ui(is_quiet=quiet)
-    with progress(ui, is_shown=not quiet) as report:
+    with byte_progress(ui, is_shown=not quiet) as report:
         result = restore_checkpoint(file, recipe, out, n_threads=n_threads, progress=report)
     for shard in result.left_out:
         names = ", ".join(shard.missing[:N_NAMES]) + (", ..." if len(shard.missing) > N_NAMES else "")

@@ -94,7 +94,7 @@ def restore(
         file: The GGUF file made from the checkpoint, or the first of a split one. Either dialect.
         recipe: What ``write_recipe`` wrote for the checkpoint.
         folder: Where the shards go; created if need be. Existing shards are replaced one by one when complete.
-        n_threads: Worker threads; by default one per core this process may use.
+        n_threads: Worker threads; by default one per core this process may use, and at least 4.
         progress: Called as ``progress(bytes_done, bytes_total, tensor_name)``; returning False cancels.
 
     Raises:

@@ -18,7 +18,7 @@ from .draft import make_draft_plan
 from .journal import Identity, Journal, identify
 from .output import Output, journal_path, output_paths
 from .plan import Plan, make_plan
-from .writer import Progress, check_output_path, partial_path, write_tensors
+from .writer import Pool, Progress, check_output_path, partial_path, write_tensors
 
 __all__ = ["OUTTYPES", "ConvertResult", "convert"]
 
@@ -97,7 +97,7 @@ def convert(
         checkpoint: Folder with ``config.json``, the safetensors shards and, for text, the tokenizer files.
         outfile: The file to write.
         outtype: One of ``OUTTYPES``.
-        n_threads: Worker threads; by default one per core this process may use.
+        n_threads: Worker threads; by default one per core this process may use, and at least 4.
         progress: Called as ``progress(bytes_done, bytes_total, tensor_name)`` after each piece; returning
             False cancels.
         dry_run: Check everything and compute all sizes, but write nothing.
@@ -207,14 +207,16 @@ def _write(
 
     with Output(plan.files, paths, journal) as out:
         n_bytes_done = out.n_bytes_done
+        pool = Pool()
         todo = list(zip(plan.infos, plan.specs, strict=True))[journal.n_done :]
         write_tensors(
             out,
-            ((info, tensor_jobs(source, spec)) for info, spec in todo),
+            ((info, tensor_jobs(source, spec, pool)) for info, spec in todo),
             n_threads=n_threads,
             n_bytes_total=plan.n_bytes_payload,
             n_bytes_done=n_bytes_done,
             progress=progress,
+            pool=pool,
         )
         _check_unchanged(source, identity)
         out.commit()
@@ -254,8 +256,11 @@ def _free_bytes(paths: Sequence[Path]) -> int:
     return free
 
 
+MIN_THREADS: Final = 4
+"""On few cores more threads than those: most of their time goes to waiting for the disk."""
+
+
 def default_n_threads() -> int:
-    """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Return the number of worker threads by default."""
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(n_cores, MIN_THREADS)

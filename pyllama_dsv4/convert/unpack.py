@@ -92,8 +92,12 @@ _ITEM_BYTES: Final = {"f32": 4, "i32": 4, "bf16": 2}
 def _blocks(
     read: Read, spec: TensorSpec, role: Role, dtype: str, start: int, rows: int, row_bytes: int
 ) -> Bytes:
-    codes, scales = unpack_blocks(spec, read(start, rows * row_bytes).reshape(rows, row_bytes))
-    return codes.reshape(-1) if role == "weight" else unpack_scales(scales, dtype)
+    blocks = read(start, rows * row_bytes).reshape(rows, row_bytes)
+    if role == "weight":
+        return unpack_blocks(spec, blocks)[0].reshape(-1)
+    # the codes are not wanted: the first byte of each block, of the first row of each tile
+    step = TILE if spec.kind == "f8" else 1
+    return unpack_scales(blocks[::step, :: spec.file_type.block_bytes], dtype)
 
 
 def _values(read: Read, spec: TensorSpec, dtype: str, start: int, n_bytes: int) -> Bytes:
@@ -123,6 +127,7 @@ def unpack_blocks(spec: TensorSpec, blocks: Bytes) -> tuple[Bytes, Bytes]:
 
 def unpack_scales(scales: Bytes, dtype: str) -> Bytes:
     """Return scales, given as E8M0 bytes, as the bytes of a checkpoint tensor of ``dtype``."""
+    scales = np.ascontiguousarray(scales)
     if dtype == "F8_E8M0":
         return scales.reshape(-1)
     bits = scales.reshape(-1).astype("<u4") << 23
