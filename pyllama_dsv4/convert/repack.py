@@ -20,14 +20,13 @@ from pyllama_dsv4.errors import CheckpointError
 from pyllama_dsv4.tensors import TensorSpec
 
 from .plan import GROUP, TILE, sources
+from .scales import read_scales
 from .writer import Job, Pool
 
 __all__ = ["PIECE_BYTES", "rows_per_piece", "tensor_jobs"]
 
 PIECE_BYTES: Final = 4 << 20
 """Aim for pieces of this size: large enough to hide the overhead of a job, small enough for a cache."""
-
-E8M0_NAN: Final = 255
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -101,7 +100,7 @@ def _blocks(
         scale_shape, scale_start, pack = (rows // TILE, cols // TILE), start // TILE, _codec.f8_e4m3_b128_pack
     else:
         scale_shape, scale_start, pack = (rows, cols // GROUP), start, _codec.mxfp4_pack
-    scales = _read_scales(checkpoint, scale, scale_start * scale_shape[1], scale_shape)
+    scales = read_scales(checkpoint, scale, scale_start * scale_shape[1], scale_shape)
     row_bytes = spec.file_type.n_bytes(cols)
     packed = pool.take(rows * row_bytes)
     pack(codes.reshape(rows, -1), scales, out=packed.reshape(rows, row_bytes), n_threads=1)
@@ -135,44 +134,3 @@ def _expert_ids(
             expected=f"0 to {n_expert - 1}",
         )
     return values.astype("<i4")
-
-
-def _read(checkpoint: Checkpoint, name: str, start: int, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    """Read elements from index ``start`` on, as many as ``shape`` has."""
-    dtype = DTYPES[checkpoint.tensors[name].dtype]
-    out = np.empty(shape, dtype)
-    checkpoint.read_into(name, start * dtype.itemsize, out.reshape(-1).view(np.uint8))
-    return out
-
-
-def _read_scales(checkpoint: Checkpoint, name: str, start: int, shape: tuple[int, int]) -> Bytes:
-    """Read scales as E8M0 bytes: value 2^(byte - 127)."""
-    tensor = checkpoint.tensors[name]
-    scales = _read(checkpoint, name, start, shape)
-    if tensor.dtype == "F32":
-        bits = scales.view("<u4")
-        # a power of two has an empty mantissa; 2^-127 is subnormal in F32 and byte 0 in E8M0. The upper bound
-        # excludes infinity, and negative numbers with it.
-        is_power = ((bits & 0x7FFFFF) == 0) & (bits > 0) & (bits < 0x7F800000)
-        is_smallest = bits == 0x00400000
-        bad = np.argwhere(~(is_power | is_smallest))
-        if bad.size:
-            raise _bad_scale(checkpoint, name, start, bad[0], shape, repr(float(scales[tuple(bad[0])])))
-        return np.where(is_smallest, 0, bits >> 23).astype(np.uint8)
-    if scales.max(initial=0) == E8M0_NAN:
-        bad = np.argwhere(scales == E8M0_NAN)
-        raise _bad_scale(checkpoint, name, start, bad[0], shape, f"{E8M0_NAN}, which is NaN")
-    return scales
-
-
-def _bad_scale(
-    checkpoint: Checkpoint, name: str, start: int, at: npt.NDArray[Any], shape: tuple[int, int], found: str
-) -> CheckpointError:
-    row, col = start // shape[1] + int(at[0]), int(at[1])
-    return CheckpointError(
-        "a scale cannot be converted without loss",
-        path=checkpoint.tensors[name].path,
-        tensor=name,
-        found=f"{found} at [{row}, {col}]",
-        expected="a positive power of two from 2^-127 to 2^127",
-    )

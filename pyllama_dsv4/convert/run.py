@@ -18,6 +18,7 @@ from .draft import make_draft_plan
 from .journal import Identity, Journal, identify
 from .output import Output, journal_path, output_paths
 from .plan import Plan, make_plan
+from .scales import check_fp8_scales
 from .writer import Pool, Progress, check_output_path, partial_path, write_tensors
 
 __all__ = ["OUTTYPES", "ConvertResult", "convert"]
@@ -151,6 +152,7 @@ def convert(
             plan = make_draft_plan(source, name=name, max_file_bytes=max_file_bytes)
         else:
             plan = make_plan(source, name=name, template=chat_template, max_file_bytes=max_file_bytes)
+        check_fp8_scales(source, plan.specs)
         paths = [check_output_path(p) for p in output_paths(path, len(plan.files))]
         n_bytes_free = _free_bytes(paths)
         n_bytes_resumed, duration_s = 0, 0.0

@@ -633,6 +633,21 @@ def test_nan_scale(changed: Any, tmp_path: Path, name: str) -> None:
     assert os.listdir(tmp_path) == ["changed"]
 
 
+def test_bad_fp8_scales_are_found_before_hours_of_writing(changed: Any, tmp_path: Path) -> None:
+    """The first in file order is named, also by a dry run."""
+
+    def change(t: Tensors) -> None:
+        for name in (f"{SHARED}.scale", f"{WKV}.scale"):
+            t[name][1][-1, -1] = 255
+
+    folder = changed(change)
+    for dry_run in (True, False):
+        with pytest.raises(CheckpointError, match="is NaN") as caught:
+            convert(folder, tmp_path / "x.gguf", dry_run=dry_run, progress=lambda *_: pytest.fail("writing"))
+        assert caught.value.tensor == f"{SHARED}.scale"
+        assert os.listdir(tmp_path) == ["changed"]
+
+
 @pytest.mark.parametrize("bad", [-1, 8, 2**32, -(2**63)])
 def test_expert_id_out_of_range(changed: Any, tmp_path: Path, bad: int) -> None:
     """2**32 would become expert 0 if it were narrowed first."""

@@ -211,7 +211,7 @@ def test_a_fault_of_the_checkpoint_leaves_nothing(
     """Going on would meet it again."""
     folder = tmp_path / "c"
     shutil.copytree(tiny, folder)
-    name = "layers.5.ffn.shared_experts.w3.scale"
+    name = "layers.5.ffn.experts.7.w3.scale"
     with Checkpoint(folder) as checkpoint:
         scale = checkpoint.tensors[name]
     rewrite(scale.path, scale.offset, b"\xff")
