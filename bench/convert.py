@@ -139,6 +139,7 @@ def measure(ckpt: Path, scratch: Path, n_runs: int, n_threads: int) -> dict[str,
     shards = sorted(ckpt.glob("*.safetensors"))
     n_bytes = sum(shard.stat().st_size for shard in shards)
     facts: dict[str, list[dict[str, float]]] = {step: [] for step in STEPS}
+    machine = hardware()
     out = scratch / "out"
     for i in range(n_runs):
         for step in ("copy", "convert"):
@@ -155,7 +156,7 @@ def measure(ckpt: Path, scratch: Path, n_runs: int, n_threads: int) -> dict[str,
         "bench": "convert",
         "version": __version__,
         "commit": commit(),
-        "hardware": hardware(),
+        "hardware": machine,
         "n_threads": n_threads,
         "n_bytes_checkpoint": n_bytes,
         "n_bytes_gguf": sizes["gguf"],

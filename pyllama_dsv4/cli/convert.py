@@ -13,6 +13,7 @@ import click
 from pyllama_dsv4.convert import OUTTYPES, ConvertResult, write_recipe
 from pyllama_dsv4.convert import convert as convert_checkpoint
 from pyllama_dsv4.convert.output import journal_path
+from pyllama_dsv4.convert.recipe import is_current
 from pyllama_dsv4.convert.run import default_n_threads, not_enough_space
 from pyllama_dsv4.convert.writer import PARTIAL_SUFFIX
 
@@ -163,7 +164,7 @@ def convert(
     if outfile is None:
         raise click.UsageError("Missing option '--outfile'.", ctx=ctx)
     template = None if chat_template_file is None else chat_template_file.read_text(encoding="utf-8")
-    if recipe is not None and not dry_run:
+    if recipe is not None and not dry_run and not (resume and is_current(recipe, checkpoint)):
         _write_recipe(ui, checkpoint, recipe, n_threads, is_shown=not quiet)
     with _saying_what_is_kept(ui, outfile), byte_progress(ui, is_shown=not (quiet or dry_run)) as report:
         result = convert_checkpoint(

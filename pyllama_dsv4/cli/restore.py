@@ -39,6 +39,15 @@ N_NAMES = 3
     help="What convert --recipe wrote for the checkpoint.",
 )
 @option(
+    "--draft",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    default_text="none",
+    section="Restoring",
+    has_env=False,
+    help="What convert --draft wrote: for the shards that hold the draft model.",
+)
+@option(
     "-t",
     "--threads",
     "n_threads",
@@ -50,20 +59,22 @@ N_NAMES = 3
     help="Worker threads.",
 )
 @option("-q", "--quiet", is_flag=True, section="Output", help="No progress and no report, only errors.")
-def restore(file: Path, out: Path, recipe: Path, n_threads: int | None, quiet: bool) -> ExitCode:
+def restore(
+    file: Path, out: Path, recipe: Path, draft: Path | None, n_threads: int | None, quiet: bool
+) -> ExitCode:
     """Rebuild a checkpoint's safetensors shards from a native GGUF file.
 
     FILE is what convert wrote, OUT the folder for the shards. A shard appears there only if its SHA-256 is the
-    original's. Shards with tensors that FILE does not hold (those for speculative decoding) are named and not
-    rebuilt; the exit code is 1 then.
+    original's. Shards with tensors that no file holds (those of a draft model, without --draft) are named and
+    not rebuilt; the exit code is 1 then.
     """
     ui = Ui(is_quiet=quiet)
     with byte_progress(ui, is_shown=not quiet) as report:
-        result = restore_checkpoint(file, recipe, out, n_threads=n_threads, progress=report)
+        result = restore_checkpoint(file, recipe, out, draft=draft, n_threads=n_threads, progress=report)
     for shard in result.left_out:
         names = ", ".join(shard.missing[:N_NAMES]) + (", ..." if len(shard.missing) > N_NAMES else "")
         ui.say(
-            f"not rebuilt: {shard.name}: {len(shard.missing)} of its {shard.n_tensors} tensors are not in the"
+            f"not rebuilt: {shard.name}: {len(shard.missing)} of its {shard.n_tensors} tensors are in no"
             f" file: {names}"
         )
     if not quiet:
@@ -79,7 +90,7 @@ def _print_result(result: RestoreResult) -> None:
     print_rows(
         [
             ("identical", f"{len(result.paths)} shards, {result.n_bytes:,} bytes, by SHA-256"),
-            ("not in a recipe", ", ".join(others) or "none"),
+            ("not rebuilt", ", ".join(others) or "no other files"),
             ("time", f"{result.duration_s:.1f} s, {speed:.2f} GB/s"),
         ]
     )

@@ -11,9 +11,10 @@ Source: upstream ``conversion/deepseek.py``, ``src/models/deepseek4.cpp`` and ``
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Final
+from pathlib import Path
+from typing import Any, Final, Protocol
 
 from pyllama_dsv4.checkpoint import Checkpoint, SourceTensor
 from pyllama_dsv4.errors import CheckpointError
@@ -25,7 +26,7 @@ from .template import generation_of
 from .tokenizer import read_vocabulary, vocabulary_keys
 from .writer import MetadataEntry
 
-__all__ = ["make_draft_plan"]
+__all__ = ["DSPARK_ARCHITECTURE", "DraftSource", "draft_specs", "make_draft_plan"]
 
 DSPARK_ARCHITECTURE: Final = "dflash"
 _CONVERT_WHOLE: Final = "Convert the checkpoint without --draft; the model runs without speculative decoding"
@@ -56,7 +57,7 @@ def make_draft_plan(
         )
     generation = generation_of(checkpoint.tensors)
     is_dspark = generation == "0731"
-    specs = _dspark_specs(checkpoint, hp) if is_dspark else _mtp_specs(checkpoint, hp)
+    specs = draft_specs(checkpoint, hp)
     for spec in specs:
         check_dims(spec, str(checkpoint.folder / "config.json"))
         check_source(checkpoint, spec)
@@ -75,7 +76,7 @@ def make_draft_plan(
     keys = to_upstream(keys, NATIVE_FILE_TYPE)
     vocabulary = read_vocabulary(checkpoint, hp.n_vocab)
     if is_dspark:
-        keys = [_of_dspark(entry) for entry in keys] + _dspark_keys(checkpoint)
+        keys = [_of_dspark(entry) for entry in keys] + _dspark_keys(checkpoint, hp)
     else:
         keys.append(MetadataEntry(f"{ARCHITECTURE}.nextn_predict_layers", "u32", n_blocks))
     keys += vocabulary_keys(vocabulary)
@@ -84,6 +85,37 @@ def make_draft_plan(
     kind = "draft-dspark" if is_dspark else "draft-mtp"
     notes = [f"this is a draft model: it runs beside the model it drafts for only (--spec-type {kind})"]
     return Plan(hp, generation, keys, lay_out_files(keys, specs, max_file_bytes), [], notes)
+
+
+class DraftSource(Protocol):
+    """What is asked of a checkpoint here: names and shapes of its tensors, and its configuration."""
+
+    @property
+    def folder(self) -> Path:
+        """For messages."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """``config.json``."""
+
+    @property
+    def tensors(self) -> Mapping[str, SourceTensor]:
+        """Every tensor by name."""
+
+
+def draft_specs(checkpoint: DraftSource, hp: HParams) -> list[TensorSpec]:
+    """List the tensors of a checkpoint's draft file, in file order.
+
+    Args:
+        checkpoint: The checkpoint, which has draft tensors.
+        hp: The model that the draft is for.
+
+    Raises:
+        CheckpointError: The draft model is of a kind that upstream does not load.
+    """
+    if generation_of(checkpoint.tensors) == "0731":
+        return _dspark_specs(checkpoint, hp)
+    return _mtp_specs(checkpoint, hp)
 
 
 def _unknown(tensor: SourceTensor) -> CheckpointError:
@@ -97,7 +129,7 @@ def _unknown(tensor: SourceTensor) -> CheckpointError:
     )
 
 
-def _n_blocks(checkpoint: Checkpoint) -> int:
+def _n_blocks(checkpoint: DraftSource) -> int:
     """Return how many blocks the draft model has: one more than the largest number."""
     n_blocks = 0
     for name, tensor in checkpoint.tensors.items():
@@ -126,7 +158,7 @@ def _hc_head(hp: HParams, prefix: str) -> list[TensorSpec]:
     ]
 
 
-def _mtp_specs(checkpoint: Checkpoint, hp: HParams) -> list[TensorSpec]:
+def _mtp_specs(checkpoint: DraftSource, hp: HParams) -> list[TensorSpec]:
     """List the tensors of an MTP file: the block, its own head, and the trunk's tensors that it shares."""
     n_blocks = _n_blocks(checkpoint)
     if n_blocks != 1:
@@ -162,7 +194,7 @@ def _mtp_specs(checkpoint: Checkpoint, hp: HParams) -> list[TensorSpec]:
 # --- DSpark ---------------------------------------------------------------------------------------------
 
 
-def _dspark_specs(checkpoint: Checkpoint, hp: HParams) -> list[TensorSpec]:
+def _dspark_specs(checkpoint: DraftSource, hp: HParams) -> list[TensorSpec]:
     """List the tensors of a DSpark file; embedding and head are the target's, which lends them at run time."""
     d, n_blocks = hp.n_embd, _n_blocks(checkpoint)
     n_targets = len(_target_layers(checkpoint, hp))
@@ -185,13 +217,13 @@ def _dspark_specs(checkpoint: Checkpoint, hp: HParams) -> list[TensorSpec]:
     ]  # fmt: skip
 
 
-def _home(checkpoint: Checkpoint, suffix: str) -> str:
+def _home(checkpoint: DraftSource, suffix: str) -> str:
     """Return the prefix of the one block that holds a tensor of the whole draft model; the first if none does."""
     homes = [f"mtp.{i}" for i in range(_n_blocks(checkpoint)) if f"mtp.{i}.{suffix}" in checkpoint.tensors]
     return homes[0] if homes else "mtp.0"
 
 
-def _matrix_cols(checkpoint: Checkpoint, name: str) -> int:
+def _matrix_cols(checkpoint: DraftSource, name: str) -> int:
     tensor = checkpoint.tensors.get(name)
     return tensor.shape[1] if tensor is not None and len(tensor.shape) == 2 else 1
 
@@ -205,8 +237,7 @@ def _of_dspark(entry: MetadataEntry) -> MetadataEntry:
     return replace(entry, key=f"{DSPARK_ARCHITECTURE}.{entry.key.removeprefix(prefix)}")
 
 
-def _dspark_keys(checkpoint: Checkpoint) -> list[MetadataEntry]:
-    hp, _ = read_table(checkpoint)
+def _dspark_keys(checkpoint: DraftSource, hp: HParams) -> list[MetadataEntry]:
     block_size = _config(checkpoint, "dspark_block_size", "an integer from 1 to 1024")
     if type(block_size) is not int or not 1 <= block_size <= 1024:
         raise _bad_config(checkpoint, "dspark_block_size", block_size, "an integer from 1 to 1024")
@@ -218,7 +249,7 @@ def _dspark_keys(checkpoint: Checkpoint) -> list[MetadataEntry]:
     ]
 
 
-def _target_layers(checkpoint: Checkpoint, hp: HParams) -> Sequence[int]:
+def _target_layers(checkpoint: DraftSource, hp: HParams) -> Sequence[int]:
     expected = f"a list of layers, 0 to {hp.n_layer - 1}"
     value = _config(checkpoint, "dspark_target_layer_ids", expected)
     is_good = isinstance(value, list) and 0 < len(value) <= hp.n_layer
@@ -227,7 +258,7 @@ def _target_layers(checkpoint: Checkpoint, hp: HParams) -> Sequence[int]:
     return list(value)
 
 
-def _noise_token(checkpoint: Checkpoint, hp: HParams) -> int:
+def _noise_token(checkpoint: DraftSource, hp: HParams) -> int:
     expected = f"a token id, 0 to {hp.n_vocab - 1}"
     value = _config(checkpoint, "dspark_noise_token_id", expected)
     if type(value) is not int or not 0 <= value < hp.n_vocab:
@@ -235,13 +266,13 @@ def _noise_token(checkpoint: Checkpoint, hp: HParams) -> int:
     return value
 
 
-def _config(checkpoint: Checkpoint, key: str, expected: str) -> Any:
+def _config(checkpoint: DraftSource, key: str, expected: str) -> Any:
     if key not in checkpoint.config:
         raise _bad_config(checkpoint, key, None, expected)
     return checkpoint.config[key]
 
 
-def _bad_config(checkpoint: Checkpoint, key: str, found: object, expected: str) -> CheckpointError:
+def _bad_config(checkpoint: DraftSource, key: str, found: object, expected: str) -> CheckpointError:
     return CheckpointError(
         "cannot write the draft model",
         path=checkpoint.folder / "config.json",

@@ -1,7 +1,7 @@
 """Rebuilds a checkpoint's safetensors shards from a native GGUF file and the checkpoint's recipe.
 
 The proof that a conversion lost nothing: every shard gets its name only if its SHA-256 is the recipe's. Shards with
-tensors that the file does not hold (draft tensors) are reported, never made up.
+tensors that no given file holds are reported, never made up.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,16 +24,21 @@ from pyllama_dsv4.checkpoint import DataFile, SourceTensor
 from pyllama_dsv4.errors import (
     ConvertError,
     FormatError,
+    MissingKeyError,
+    MissingTensorError,
     ModelFileError,
     TensorShapeError,
     UnsupportedModelError,
 )
-from pyllama_dsv4.header import Header, Tensor, check_header
-from pyllama_dsv4.tensors import TensorSpec, tensor_table
+from pyllama_dsv4.gguf_file import ArrayValue
+from pyllama_dsv4.header import Header, Tensor, check_header, read_header
+from pyllama_dsv4.tensors import HParams, TensorSpec, tensor_table
 
-from .plan import sources
+from .draft import DSPARK_ARCHITECTURE, draft_specs
+from .plan import DRAFT_PREFIX, sources
 from .recipe import Recipe, ShardEntry, read_recipe
 from .run import default_n_threads, not_enough_space
+from .template import generation_of
 from .unpack import Role, UnpackError, source_dtypes, source_jobs, source_shape
 from .writer import Job, OutputFile, OutputTensor, Progress, write_tensors
 
@@ -85,6 +91,7 @@ def restore(
     recipe: str | os.PathLike[str],
     folder: str | os.PathLike[str],
     *,
+    draft: str | os.PathLike[str] | None = None,
     n_threads: int | None = None,
     progress: Progress | None = None,
 ) -> RestoreResult:
@@ -94,6 +101,7 @@ def restore(
         file: The GGUF file made from the checkpoint, or the first of a split one. Either dialect.
         recipe: What ``write_recipe`` wrote for the checkpoint.
         folder: Where the shards go; created if need be. Existing shards are replaced one by one when complete.
+        draft: The checkpoint's draft file; without it, shards with draft tensors are left out.
         n_threads: Worker threads; by default one per core this process may use, and at least 4.
         progress: Called as ``progress(bytes_done, bytes_total, tensor_name)``; returning False cancels.
 
@@ -113,33 +121,36 @@ def restore(
         raise UnsupportedModelError(
             "not a file of DeepSeek-V4", path=os.fspath(file), found=report.header.architecture
         )
+    shard_tensors = [plan.tensors(i) for i in range(len(plan.shards))]
     places = _places(report.header, tensor_table(report.hparams))
+    if draft is not None:
+        names = {t.name: t for tensors in shard_tensors for t in tensors}
+        places = _draft_places(read_header(draft), names, report.hparams) | places
     todo, left_out = [], []
     for i, shard in enumerate(plan.shards):
-        tensors = plan.tensors(i)
+        tensors = shard_tensors[i]
         missing = [t.name for t in tensors if t.name not in places]
         if missing:
             left_out.append(LeftOut(shard.name, len(tensors), missing))
             continue
         for t in tensors:
-            _, spec, role, _ = places[t.name]
-            _check_fits(plan, t, spec, role)
+            _check_fits(plan, t, places[t.name])
         todo.append((shard, plan.headers[i], tensors))
     folder = Path(folder)
     _make_folder(folder, sum(shard.n_bytes for shard, _, _ in todo))
     start_s = time.monotonic()
     n_total, n_done = sum(t.n_bytes for _, _, tensors in todo for t in tensors), 0
     with ExitStack() as stack:
-        files = []
-        for shard_file in report.header.shards:
-            files.append(DataFile(Path(shard_file.path)))
-            stack.callback(files[-1].close)
+        files = {}
+        for path in {place.path for place in places.values()}:
+            files[path] = DataFile(path)
+            stack.callback(files[path].close)
         for shard, header, tensors in todo:
             out = _Shard(folder / shard.name, header)
             with out:
                 write_tensors(
                     out,
-                    ((_info(t), _jobs(files, *places[t.name], t.dtype)) for t in tensors),
+                    ((_info(t), _jobs(files, places[t.name], t.dtype)) for t in tensors),
                     n_threads=n_threads,
                     n_bytes_total=n_total,
                     n_bytes_done=n_done,
@@ -152,33 +163,90 @@ def restore(
     return RestoreResult(folder, paths, left_out, n_bytes, time.monotonic() - start_s, plan)
 
 
-_Place = tuple[Tensor, TensorSpec, Role, int]
-"""Where a checkpoint tensor's data is: tensor of the file, its spec, which name of it, index of the expert."""
+@dataclass(frozen=True)
+class _Place:
+    """Where the data of a checkpoint tensor is.
+
+    Attributes:
+        path: The file.
+        tensor: Tensor of the file.
+        spec: What it is; of matrices that lie side by side, the one that is meant.
+        role: Which checkpoint name of it.
+        expert: Index of the expert.
+        part: Index among matrices that lie side by side, and their number.
+    """
+
+    path: Path
+    tensor: Tensor
+    spec: TensorSpec
+    role: Role
+    expert: int
+    part: tuple[int, int]
 
 
 def _places(header: Header, specs: Sequence[TensorSpec]) -> dict[str, _Place]:
     places: dict[str, _Place] = {}
     for spec in specs:
         tensor = header.tensor(spec.upstream)
-        assert tensor is not None  # check_header saw to that
-        if tensor.type.id != spec.file_type.id or tensor.type.name != spec.file_type.name:
+        if tensor is None:
+            raise MissingTensorError("the file lacks a tensor", path=header.path, tensor=spec.native)
+        path = Path(header.shards[tensor.shard].path)
+        if tensor.type.name != spec.file_type.name:
             raise TensorShapeError(
                 "the checkpoint cannot be rebuilt from a tensor that was requantised",
-                path=header.shards[tensor.shard].path,
+                path=path,
                 tensor=tensor.name,
                 found=tensor.type.name,
                 expected=spec.file_type.name,
                 hint="Use the native file as converted",
             )
-        for expert, (weight, scale) in enumerate(sources(spec)):
-            places[weight] = (tensor, spec, "weight", expert)
-            if scale is not None:
-                places[scale] = (tensor, spec, "scale", expert)
+        if tensor.n_elements != spec.n_elements:
+            raise TensorShapeError(
+                "a tensor has other dimensions",
+                path=path,
+                tensor=tensor.name,
+                found=tensor.dims,
+                expected=spec.dims,
+            )
+        for i, part in enumerate(spec.parts):
+            for expert, (weight, scale) in enumerate(sources(part)):
+                where = (i, len(spec.parts))
+                places[weight] = _Place(path, tensor, part, "weight", expert, where)
+                if scale is not None:
+                    places[scale] = _Place(path, tensor, part, "scale", expert, where)
     return places
 
 
-def _check_fits(recipe: Recipe, t: SourceTensor, spec: TensorSpec, role: Role) -> None:
-    shape, dtypes = source_shape(spec, role), source_dtypes(spec, role)
+@dataclass(frozen=True)
+class _DraftOf:
+    """What a draft file and a recipe say of a checkpoint's draft model."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, SourceTensor]
+
+
+def _draft_places(header: Header, tensors: Mapping[str, SourceTensor], hp: HParams) -> dict[str, _Place]:
+    if not any(name.startswith(DRAFT_PREFIX) for name in tensors):
+        return {}  # the checkpoint has no draft model: nothing is missing
+    config = {}
+    if generation_of(tensors) == "0731":
+        key = f"{DSPARK_ARCHITECTURE}.target_layers"
+        targets = header.kv.get(key)
+        if targets is None or not isinstance(targets.value, ArrayValue):
+            raise MissingKeyError(
+                "not the draft file of this checkpoint",
+                path=header.path,
+                key=key,
+                found="no such list",
+                expected="one",
+            )
+        config["dspark_target_layer_ids"] = [il - 1 for il in targets.value]
+    return _places(header, draft_specs(_DraftOf(Path(header.path), config, tensors), hp))
+
+
+def _check_fits(recipe: Recipe, t: SourceTensor, place: _Place) -> None:
+    shape, dtypes = source_shape(place.spec, place.role), source_dtypes(place.spec, place.role)
     if t.shape != shape or t.dtype not in dtypes:
         raise FormatError(
             "the recipe does not belong to the file",
@@ -203,16 +271,19 @@ def _info(t: SourceTensor) -> OutputTensor:
     return OutputTensor(t.name, t.shape, 0, 0, t.n_bytes)
 
 
-def _jobs(
-    files: Sequence[DataFile], tensor: Tensor, spec: TensorSpec, role: Role, expert: int, dtype: str
-) -> Iterator[Job]:
+def _jobs(files: Mapping[Path, DataFile], place: _Place, dtype: str) -> Iterator[Job]:
     """Yield the jobs that make a checkpoint tensor out of a tensor of the file."""
-    file = files[tensor.shard]
+    file, tensor = files[place.path], place.tensor
+    i_part, n_parts = place.part
+    row_bytes = place.spec.file_type.n_bytes(place.spec.dims[0])
 
     def read(start: int, n_bytes: int) -> npt.NDArray[np.uint8]:
-        data = np.empty(n_bytes, np.uint8)
-        file.read_into(tensor.name, tensor.start + start, data.data)
-        return data
+        data = np.empty(n_bytes * n_parts, np.uint8)
+        file.read_into(tensor.name, tensor.start + start * n_parts, data.data)
+        if n_parts == 1:
+            return data
+        # whole rows: of each, the piece that is meant
+        return np.ascontiguousarray(data.reshape(-1, n_parts, row_bytes)[:, i_part]).reshape(-1)
 
     def named(job: Job) -> npt.NDArray[np.uint8]:
         try:
@@ -226,7 +297,7 @@ def _jobs(
                 expected="data as converted",
             ) from e
 
-    for job in source_jobs(read, spec, role, dtype, expert):
+    for job in source_jobs(read, place.spec, place.role, dtype, place.expert):
         yield partial(named, job)
 
 

@@ -33,7 +33,7 @@ from pyllama_dsv4.errors import CancelledError, FormatError, ModelFileError, Mod
 
 from .writer import OutputFile, Progress
 
-__all__ = ["FileEntry", "Recipe", "ShardEntry", "read_recipe", "write_recipe"]
+__all__ = ["FileEntry", "Recipe", "ShardEntry", "is_current", "read_recipe", "write_recipe"]
 
 FORMAT: Final = 1
 MANIFEST: Final = "recipe.json"
@@ -67,7 +67,7 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """Another file of the checkpoint, of which only the hash is kept."""
+    """Another file of the checkpoint, of which only the hash is kept; ``name`` may have folders before it."""
 
     name: str
     n_bytes: int
@@ -124,15 +124,14 @@ def write_recipe(
         CancelledError: ``progress`` returned False.
     """
     with Checkpoint(checkpoint) as source:
-        names = {shard.name for shard in source.shards}
-        others = sorted(p for p in source.folder.iterdir() if p.is_file() and p.name not in names)
+        others = _other_files(source, Path(path))
         headers = [source.header(shard) for shard in source.shards]
         sums = _hash_all([*source.shards, *others], n_threads, progress)
     shards = [
         ShardEntry(shard.name, *sums[shard], len(header))
         for shard, header in zip(source.shards, headers, strict=True)
     ]
-    files = [FileEntry(other.name, *sums[other]) for other in others]
+    files = [FileEntry(other.relative_to(source.folder).as_posix(), *sums[other]) for other in others]
     manifest = {
         "format": FORMAT,
         "shards": [asdict(shard) for shard in shards],
@@ -147,6 +146,17 @@ def write_recipe(
         out.write(buffer.getvalue())
         out.commit()
     return Recipe(out.path, shards, headers, files)
+
+
+def _other_files(source: Checkpoint, recipe: Path) -> list[Path]:
+    """List what else a checkpoint consists of: no hidden files, none that a conversion into its folder leaves there."""
+    found = []
+    for folder, names, files in os.walk(source.folder):
+        names[:] = [name for name in names if not name.startswith(".")]
+        found += [Path(folder) / name for name in files if not name.startswith(".") and ".gguf" not in name]
+    return sorted(
+        p for p in found if p.is_file() and p not in source.shards and p.resolve() != recipe.resolve()
+    )
 
 
 def _hash_all(
@@ -186,6 +196,24 @@ def _hash_all(
             pool.shutdown(cancel_futures=True)
             raise
     return {path: future.result() for future, path in futures.items()}
+
+
+def is_current(path: str | os.PathLike[str], checkpoint: str | os.PathLike[str]) -> bool:
+    """Tell whether a recipe exists that was written after the shards, and with their headers."""
+    path = Path(path)
+    try:
+        recipe = read_recipe(path)
+        written_ns = path.stat().st_mtime_ns
+    except (FormatError, OSError):
+        return False
+    with Checkpoint(checkpoint) as source:
+        stamps = [source.stamp(shard) for shard in source.shards]
+        return (
+            [shard.name for shard in source.shards] == [entry.name for entry in recipe.shards]
+            and [n_bytes for n_bytes, _ in stamps] == [entry.n_bytes for entry in recipe.shards]
+            and all(changed_ns < written_ns for _, changed_ns in stamps)
+            and [source.header(shard) for shard in source.shards] == list(recipe.headers)
+        )
 
 
 def read_recipe(path: str | os.PathLike[str]) -> Recipe:

@@ -268,7 +268,18 @@ def test_restore_names_what_it_cannot_rebuild(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "")
     done = restore(path, "--recipe", recipe, tmp_path / "out", "-q")
     assert (done.returncode, done.stdout) == (1, "")
-    assert "not rebuilt: model-00004-of-00004.safetensors: 87 of its 147 tensors are not in" in done.stderr
+    assert "not rebuilt: model-00004-of-00004.safetensors: 87 of its 147 tensors are in no" in done.stderr
+    assert run(folder, "--outfile", tmp_path / "d.gguf", "--draft", "-q").returncode == 0
+    done = restore(path, "--recipe", recipe, tmp_path / "out", "--draft", tmp_path / "d.gguf")
+    assert done.returncode == 0, done.stderr
+    assert "rebuilt 4 of 4 shards" in done.stdout
+
+
+def test_a_recipe_is_not_made_again_when_resuming(tiny: Path, tmp_path: Path) -> None:
+    args = (tiny, "--outfile", tmp_path / "x.gguf", "--recipe", tmp_path / "r")
+    assert "recipe  " in run(*args).stdout
+    assert "recipe  " not in run(*args, "--resume").stdout
+    assert "recipe  " in run(*args).stdout
 
 
 def test_restore_refuses(tiny: Path, tmp_path: Path) -> None:

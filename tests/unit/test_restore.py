@@ -34,6 +34,7 @@ from pyllama_dsv4.errors import (
     ConvertError,
     DiskFullError,
     FormatError,
+    MissingKeyError,
     MissingTensorError,
     ModelNotFoundError,
     TensorShapeError,
@@ -173,6 +174,37 @@ def test_shards_with_tensors_left_out_are_named(tmp_path: Path, draft: synth.Dra
     assert 0 < len(missing) < 4
 
 
+@pytest.mark.parametrize("draft", ["mtp", "dspark"])
+@pytest.mark.parametrize("piece_bytes", [None, 800])
+def test_with_the_draft_file_every_shard_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, draft: synth.Draft, piece_bytes: int | None
+) -> None:
+    folder = synth.write_checkpoint(tmp_path / "c", seed=6, n_shards=4, draft=draft)
+    write_recipe(folder, tmp_path / "r")
+    model = convert(folder, tmp_path / "x.gguf").path
+    extra = convert(folder, tmp_path / "d.gguf", draft=True).path
+    if piece_bytes is not None:
+        monkeypatch.setattr(unpack, "PIECE_BYTES", piece_bytes)
+        monkeypatch.setattr(repack, "PIECE_BYTES", piece_bytes)
+    result = restore(model, tmp_path / "r", tmp_path / "out", draft=extra)
+    assert result.is_complete
+    assert sums(tmp_path / "out") == sums(folder)
+    with pytest.raises((MissingTensorError, MissingKeyError)) as caught:
+        restore(model, tmp_path / "r", tmp_path / "out", draft=model)
+    assert caught.value.path == str(model)
+
+
+def test_a_draft_file_of_other_weights(tmp_path: Path) -> None:
+    folder = synth.write_checkpoint(tmp_path / "c", seed=6, n_shards=4, draft="mtp")
+    other = synth.write_checkpoint(tmp_path / "o", seed=7, draft="mtp")
+    write_recipe(folder, tmp_path / "r")
+    model = convert(folder, tmp_path / "x.gguf").path
+    extra = convert(other, tmp_path / "d.gguf", draft=True).path
+    with pytest.raises(ConvertError, match="not the original") as caught:
+        restore(model, tmp_path / "r", tmp_path / "out", draft=extra)
+    assert Path(str(caught.value.path)).name == "model-00004-of-00004.safetensors"
+
+
 # --- what cannot come back -------------------------------------------------------------------------------
 
 
@@ -278,6 +310,40 @@ def test_a_recipe_is_small_and_always_the_same(tiny: Path, tmp_path: Path) -> No
         if p.suffix != ".safetensors"
     }
     assert {s.name: s.sha256 for s in a.shards} == sums(tiny)
+
+
+def test_other_files_of_a_recipe(tmp_path: Path) -> None:
+    """Those in folders too, but nothing hidden, and nothing that a conversion into the folder leaves there."""
+    folder = synth.write_checkpoint(tmp_path / "c", seed=1, is_sparse=True)
+    (folder / "inference").mkdir()
+    (folder / "inference" / "model.py").write_text("x")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "x").write_text("x")
+    before = [f.name for f in write_recipe(folder, folder / "r.recipe").files]
+    assert before == ["README.md", "config.json", "generation_config.json", "inference/model.py"]
+    (folder / "x.gguf.partial").write_text("x")
+    assert [f.name for f in write_recipe(folder, folder / "r.recipe").files] == before
+
+
+def test_a_recipe_is_current_until_a_shard_changes(tmp_path: Path) -> None:
+    folder = synth.write_checkpoint(tmp_path / "c", seed=1, n_shards=2)
+    shard = folder / "model-00001-of-00002.safetensors"
+    for path in folder.iterdir():
+        os.utime(path, (1, 1))
+    assert not recipe.is_current(tmp_path / "r", folder)
+    write_recipe(folder, tmp_path / "r")
+    assert recipe.is_current(tmp_path / "r", folder)
+    os.utime(shard)
+    os.utime(tmp_path / "r", (2, 2))
+    assert not recipe.is_current(tmp_path / "r", folder)
+    os.utime(shard, (1, 1))
+    assert recipe.is_current(tmp_path / "r", folder)
+    raw = shard.read_bytes()
+    shard.write_bytes(raw.replace(b'"pt"', b'"np"', 1))
+    os.utime(shard, (1, 1))
+    assert not recipe.is_current(tmp_path / "r", folder)
+    (tmp_path / "r").write_bytes(b"")
+    assert not recipe.is_current(tmp_path / "r", folder)
 
 
 def test_recipe_progress_and_cancel(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

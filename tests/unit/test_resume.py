@@ -259,6 +259,26 @@ def test_a_checkpoint_that_changes_meanwhile(tiny: Path, tmp_path: Path) -> None
     assert os.listdir(tmp_path) == ["c"]
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_two_conversions_at_once(
+    tiny: Path, tmp_path: Path, digests: dict[int | None, dict[str, str]], resume: bool
+) -> None:
+    """The second is refused, whichever files the first has open just then, and disturbs nothing."""
+
+    def second(done: int, *_: object) -> None:
+        if done in tries:
+            return
+        tries.add(done)
+        if len(tries) % 20 == 1:
+            with pytest.raises(ConvertError, match="another process is writing"):
+                convert(tiny, tmp_path / "x.gguf", resume=resume, max_file_bytes=SPLIT_BYTES)
+
+    tries: set[int] = set()
+    convert(tiny, tmp_path / "x.gguf", progress=second, max_file_bytes=SPLIT_BYTES)
+    assert len(tries) > 100
+    assert sums(tmp_path.iterdir()) == digests[SPLIT_BYTES]
+
+
 # --- what may not change between the steps ---------------------------------------------------------------
 
 
