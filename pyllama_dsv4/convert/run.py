@@ -167,7 +167,7 @@ def convert(
             }
             start_s = time.monotonic()
             with Journal(journal_path(path)) as journal:
-                identity = identify(source, plan, options)
+                identity = identify(source, plan, paths, options)
                 if not (resume and journal.resume(identity)):
                     journal.begin(identity)
                 n_bytes_resumed = _write(source, plan, paths, journal, identity, n_threads, progress)

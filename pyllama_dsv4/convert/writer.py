@@ -363,7 +363,12 @@ class Pool:
     def give_back(self, data: npt.NDArray[np.uint8]) -> None:
         """Take an array's memory back; one that is not from here is left alone."""
         buffer = data.base
-        if isinstance(buffer, np.ndarray) and buffer.dtype == np.uint8 and buffer.base is None:
+        if (
+            isinstance(buffer, np.ndarray)
+            and buffer.dtype == np.uint8
+            and buffer.ndim == 1
+            and buffer.base is None
+        ):
             self._free.append(buffer)
 
 

@@ -1028,6 +1028,30 @@ def test_memory_stays_below_one_tensor(tmp_path: Path) -> None:
     assert int(stdout) < 48 << 20
 
 
+def test_pool_gives_what_is_asked_for() -> None:
+    """A joined matrix once came back as memory of two dimensions, of which a piece was rows instead of bytes."""
+    pool = writer.Pool()
+    first = pool.take(100)
+    pool.give_back(first)
+    again = pool.take(60)
+    assert again.shape == (60,)
+    assert np.shares_memory(first, again)
+    pool.give_back(again)
+    larger = pool.take(101)
+    assert larger.shape == (101,)
+    for foreign in (
+        np.zeros((8, 8), np.uint8).reshape(-1),
+        np.zeros(64, "<u4").view(np.uint8),
+        np.zeros(64, np.uint8),
+        np.frombuffer(bytes(64), np.uint8),
+    ):
+        pool.give_back(foreign)
+        taken = pool.take(16)
+        assert taken.shape == (16,)
+        assert taken.flags.writeable
+        assert not np.shares_memory(taken, foreign)
+
+
 def test_pieces_wait_for_the_writer(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A slow disk must not make finished pieces pile up in memory."""
     n_made = n_written = n_most = 0

@@ -189,7 +189,7 @@ def test_our_loader_names_what_it_does_not_run(mtp: Path, dspark: Path, tmp_path
         # the preview's as counted in the release
         (synth.flash_config(), "mtp", 1575, 3_593_787_756),
         (synth.flash_config(), "dspark", None, None),
-        (synth.pro_config(), "mtp", None, None),
+        pytest.param(synth.pro_config(), "mtp", None, None, marks=pytest.mark.slow),
     ],
     ids=["flash", "flash-0731", "pro"],
 )
@@ -217,6 +217,7 @@ def test_true_dimensions(
     assert types == {"F32", "BF16", "F8_E4M3_B128", "MXFP4"}
 
 
+@pytest.mark.slow
 def test_pro_dimensions(tmp_path: Path) -> None:
     """The model's header at V4-Pro's size (spec section 8)."""
     folder = synth.write_checkpoint(tmp_path / "c", synth.pro_config(), seed=0, is_sparse=True)

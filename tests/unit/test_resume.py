@@ -354,7 +354,15 @@ def test_changed_between_the_steps(tiny: Path, tmp_path: Path, case: str) -> Non
     assert (caught.value.key or Path(str(caught.value.path)).name) == place
     assert sums(tmp_path.glob("x.*")) == before  # nothing is lost by trying
     convert(folder, path, **options)
-    assert not list(tmp_path.glob("*.partial*")) or options
+    assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_files_of_an_earlier_split_are_removed(tiny: Path, tmp_path: Path) -> None:
+    interrupted(tiny, tmp_path / "x.gguf", n_bytes=8_000_000, max_file_bytes=SPLIT_BYTES)
+    assert len(list(tmp_path.glob("x-*.partial"))) > 1
+    (tmp_path / "other.gguf.partial").write_bytes(b"mine")
+    convert(tiny, tmp_path / "x.gguf")
+    assert sorted(os.listdir(tmp_path)) == ["other.gguf.partial", "x.gguf"]
 
 
 def test_another_version(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
