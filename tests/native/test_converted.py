@@ -49,7 +49,7 @@ def test_draft_models_load(tmp_path: Path, draft: synth.Draft, n_layer: int) -> 
     pointer = lib.pyl_model_load(ffi.new("char[]", encode_path(path)), params, monitor)
     model = ffi.gc(check_ptr(pointer, "loading", errors.ModelLoadError, path=path), lib.llama_model_free)
     hp = HParams.from_hf_config(synth.tiny_config(vocab_size=512))
-    specs = synth._draft_specs(hp, draft)
+    specs = synth.weights.draft_specs(hp, draft)
     n_params = sum(spec.n_elements for spec in specs)
     if draft == "mtp":
         n_params += 2 * hp.n_vocab * hp.n_embd + hp.n_embd  # embedding, head and norm of the trunk

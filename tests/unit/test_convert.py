@@ -315,7 +315,7 @@ class TestTemplate:
         monkeypatch.setattr("pyllama_dsv4.convert.plan.chat_template", lambda g: f"template of {g}")
         name = "mtp.0.main_proj.weight" if generation == "0731" else "mtp.0.e_proj.weight"
         folder = changed(lambda t: t.update({name: ("BF16", np.zeros((2, 2), np.uint16))}))
-        synth._write_tokenizer(folder, "bytes")
+        synth.tokenizers.write_tokenizer(folder, "bytes")
         edit_json(folder / "tokenizer.json", added_tokens=[], model=small_model(320))
         edit_json(folder / "tokenizer_config.json", bos_token=None, eos_token=None, pad_token=None)
         plan = plan_of(folder)

@@ -259,7 +259,7 @@ def changed(tmp_path: Path) -> Callable[..., Path]:
             synth.write_safetensors(target / "model.safetensors", tensors)
         with Checkpoint(folder) as c:
             new = {k: v for k, v in (c.config | config).items() if v is not ...}
-        synth._write_json(target / "config.json", new)
+        synth.tokenizers.write_json(target / "config.json", new)
         return target
 
     return make
