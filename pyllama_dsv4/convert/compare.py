@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pyllama_dsv4.checkpoint import Checkpoint, DataFile
+from pyllama_dsv4.checkpoint import Checkpoint
 from pyllama_dsv4.errors import ArgumentError, CancelledError, MissingTensorError, TensorShapeError
 from pyllama_dsv4.header import read_header
+from pyllama_dsv4.safetensors import DataFile
 from pyllama_dsv4.tensors import TensorSpec
 
 from .plan import check_source, read_table, sources

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pyllama_dsv4.checkpoint import DataFile, SourceTensor
 from pyllama_dsv4.errors import (
     ConvertError,
     FormatError,
@@ -32,6 +31,7 @@ from pyllama_dsv4.errors import (
 )
 from pyllama_dsv4.gguf_file import ArrayValue
 from pyllama_dsv4.header import Header, Tensor, check_header, read_header
+from pyllama_dsv4.safetensors import DataFile, SourceTensor
 from pyllama_dsv4.tensors import HParams, TensorSpec, tensor_table
 
 from .draft import DSPARK_ARCHITECTURE, draft_specs

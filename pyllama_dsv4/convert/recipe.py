@@ -21,15 +21,15 @@ from typing import Any, Final
 
 import numpy as np
 
-from pyllama_dsv4.checkpoint import (
+from pyllama_dsv4.checkpoint import Checkpoint
+from pyllama_dsv4.errors import CancelledError, FormatError, ModelFileError, ModelNotFoundError
+from pyllama_dsv4.safetensors import (
     LENGTH_BYTES,
     MAX_HEADER_BYTES,
-    Checkpoint,
     SourceTensor,
     is_plain_shard_name,
     parse_header,
 )
-from pyllama_dsv4.errors import CancelledError, FormatError, ModelFileError, ModelNotFoundError
 
 from .writer import OutputFile, Progress
 

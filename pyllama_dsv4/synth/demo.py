@@ -76,7 +76,7 @@ def _build_demo(path: Path, tokenizer: Tokenizer) -> None:
 def _demo_digest(tokenizer: Tokenizer) -> str:
     """Hash everything the demo file's bytes depend on."""
     package = Path(__file__).parents[1]
-    code = [package / name for name in ("checkpoint.py", "tensors.py", "gguf_types.py")]
+    code = [package / name for name in ("checkpoint.py", "safetensors.py", "tensors.py", "gguf_types.py")]
     for folder in ("synth", "convert"):
         code += sorted((package / folder).glob("*.py"))
     code += sorted(package.glob("_codec*.so"))
