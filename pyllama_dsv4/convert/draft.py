@@ -200,21 +200,32 @@ def _dspark_specs(checkpoint: DraftSource, hp: HParams) -> list[TensorSpec]:
     n_targets = len(_target_layers(checkpoint, hp))
     specs = [spec for il in range(n_blocks) for spec in _upstream_block(hp, il, f"mtp.{il}")]
     main, last = _home(checkpoint, "main_proj.weight"), _home(checkpoint, "markov_head.markov_w1.weight")
-    rank = _matrix_cols(checkpoint, f"{last}.markov_head.markov_w1.weight")
+    markov = f"{last}.markov_head.markov_"
+    rank = _matrix_cols(checkpoint, f"{markov}w1.weight")
+    confidence = "confidence_head.proj.weight"
+
+    def plain(name: str, hf: str, *dims: int) -> TensorSpec:
+        return _plain(name, hf, dims, _plain_kind(checkpoint, hf))
+
+    fc = plain("fc.weight", f"{main}.main_proj.weight", n_targets * d, d)
+    if f"{main}.main_proj.scale" in checkpoint.tensors:
+        fc = replace(fc, hf=(f"{main}.main_proj.weight", f"{main}.main_proj.scale"), kind="f8")
     return [
         *specs,
-        TensorSpec(
-            "fc.weight", "fc.weight", (f"{main}.main_proj.weight", f"{main}.main_proj.scale"), (n_targets * d, d),
-            "f8", None,
-        ),
+        fc,
         _plain("enc.output_norm.weight", f"{main}.main_norm.weight", (d,), "f32"),
-        _plain("markov_w1.weight", f"{last}.markov_head.markov_w1.weight", (rank, hp.n_vocab), "bf16"),
-        _plain("markov_w2.weight", f"{last}.markov_head.markov_w2.weight", (rank, hp.n_vocab), "bf16"),
-        _plain("conf_proj.weight", f"{_home(checkpoint, 'confidence_head.proj.weight')}.confidence_head.proj.weight",
-               (d + rank, 1), "bf16"),
+        plain("markov_w1.weight", f"{markov}w1.weight", rank, hp.n_vocab),
+        plain("markov_w2.weight", f"{markov}w2.weight", rank, hp.n_vocab),
+        plain("conf_proj.weight", f"{_home(checkpoint, confidence)}.{confidence}", d + rank, 1),
         *_hc_head(hp, _home(checkpoint, "hc_head_base")),
         _plain("output_norm.weight", f"{_home(checkpoint, 'norm.weight')}.norm.weight", (d,), "f32"),
-    ]  # fmt: skip
+    ]
+
+
+def _plain_kind(checkpoint: DraftSource, name: str) -> Kind:
+    """Return how to keep the type that a tensor without a scale has; F32 if it is of neither."""
+    tensor = checkpoint.tensors.get(name)
+    return "bf16" if tensor is not None and tensor.dtype == "BF16" else "f32"
 
 
 def _home(checkpoint: DraftSource, suffix: str) -> str:

@@ -176,6 +176,32 @@ def test_dspark(dspark: Path, tmp_path: Path) -> None:
         np.testing.assert_array_equal(data["enc.output_norm.weight"], widened(c, "mtp.0.main_norm.weight"))
 
 
+def test_dspark_without_fp8_in_its_own_matrices(dspark: Path, changed: Any, tmp_path: Path) -> None:
+    """The matrices that are not a block's keep whichever type they have."""
+
+    def change(t: Tensors) -> None:
+        t.pop("mtp.0.main_proj.scale")
+        t["mtp.0.main_proj.weight"] = ("BF16", np.arange(256 * 768, dtype=np.uint16).reshape(256, 768))
+        for name in ("markov_head.markov_w1", "confidence_head.proj"):
+            bits = t[f"mtp.2.{name}.weight"][1].astype(np.uint32) << 16
+            t[f"mtp.2.{name}.weight"] = ("F32", bits.view(np.float32) + np.float32(1e-7))
+
+    folder = changed(dspark, change)
+    _, _, data = draft_of(folder, tmp_path / "d.gguf")
+    types = {t.name: t.type.name for t in read_header(tmp_path / "d.gguf").tensors}
+    assert (types["fc.weight"], types["markov_w1.weight"], types["markov_w2.weight"]) == (
+        "BF16",
+        "F32",
+        "BF16",
+    )
+    with Checkpoint(folder) as c:
+        np.testing.assert_array_equal(
+            data["fc.weight"], c.read("mtp.0.main_proj.weight").reshape(-1).view("u1")
+        )
+        for name, source in (("markov_w1", "markov_head.markov_w1"), ("conf_proj", "confidence_head.proj")):
+            np.testing.assert_array_equal(data[f"{name}.weight"], widened(c, f"mtp.2.{source}.weight"))
+
+
 def test_our_loader_names_what_it_does_not_run(mtp: Path, dspark: Path, tmp_path: Path) -> None:
     for folder, message in ((mtp, "multi-token prediction"), (dspark, "dflash")):
         path = convert(folder, tmp_path / "d.gguf", draft=True).path
