@@ -1,82 +1,33 @@
 """Hub-form checkpoints: which tensors a folder holds, where their bytes lie, and the JSON files beside them.
 
-It owns the safetensors headers, the shard index and bounded reads of tensor bytes. What the tensors mean, and
-whether they are the right ones for a model, is left to ``convert``. Pure Python and numpy.
-
-Bytes are read with positioned reads rather than through a memory map: a bad sector, or a shard that shrinks
-while it is being read, is then an error that can be named, where touching the map would kill the process.
+It owns the shard index and reads of tensor bytes by name; the format of a shard is ``safetensors``'. What the tensors
+mean, and whether they are the right ones for a model, is left to ``convert``. Pure Python and numpy.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import re
-import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, NoReturn, TypeGuard
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from .errors import CheckpointError, ClosedError, MissingShardError, ModelFileError, ModelNotFoundError
+from .safetensors import DTYPES, DataFile, SourceTensor, is_plain_shard_name, parse_json, read_header, short
 
 __all__ = ["DTYPES", "Checkpoint", "SourceTensor"]
-
-DTYPES: Final[dict[str, np.dtype[Any]]] = {
-    "BOOL": np.dtype("?"),
-    "I8": np.dtype("i1"),
-    "U8": np.dtype("u1"),
-    "F8_E4M3": np.dtype("u1"),
-    "F8_E5M2": np.dtype("u1"),
-    "F8_E8M0": np.dtype("u1"),
-    "I16": np.dtype("<i2"),
-    "U16": np.dtype("<u2"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),
-    "I32": np.dtype("<i4"),
-    "U32": np.dtype("<u4"),
-    "F32": np.dtype("<f4"),
-    "I64": np.dtype("<i8"),
-    "U64": np.dtype("<u8"),
-    "F64": np.dtype("<f8"),
-}
-"""safetensors dtypes, each with the numpy dtype that holds its bits (unsigned if numpy lacks the float)."""
 
 CONFIG_NAME: Final = "config.json"
 SINGLE_NAME: Final = "model.safetensors"
 INDEX_NAME: Final = "model.safetensors.index.json"
 WEIGHT_SUFFIXES: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
-# The safetensors library refuses larger headers too. The limit on other JSON files leaves room for a
-# tokenizer ten times the size of V4's.
-MAX_HEADER_BYTES: Final = 100_000_000
 MAX_JSON_BYTES: Final = 100_000_000
-
-
-@dataclass(frozen=True)
-class SourceTensor:
-    """One tensor of a checkpoint: where its bytes lie.
-
-    Attributes:
-        name: Name as spelled in the shard.
-        dtype: safetensors dtype, a key of ``DTYPES``.
-        shape: Row-major dimensions, the contiguous one last.
-        path: The shard.
-        offset: Bytes from the start of the shard.
-        n_bytes: Size of the data.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    path: Path
-    offset: int
-    n_bytes: int
+"""Room for a tokenizer ten times the size of V4's."""
 
 
 class Checkpoint:
@@ -114,7 +65,7 @@ class Checkpoint:
                 )
             raise ModelNotFoundError("no such checkpoint folder", path=self.folder)
         self.config: dict[str, Any] = self._required_json(CONFIG_NAME)
-        self._files: dict[Path, _ShardFile] = {}
+        self._files: dict[Path, DataFile] = {}
         self._is_closed = False
         with ExitStack() as undo:
             undo.callback(self.close)
@@ -194,7 +145,7 @@ class Checkpoint:
             raise ClosedError("the checkpoint is closed", path=self.folder, tensor=name)
         if start < 0 or start + out.size > t.n_bytes:
             raise ValueError(f"bytes {start} to {start + out.size} of {name}, which has {t.n_bytes}")
-        self._files[t.path].read_into(t, t.offset + start, out.data)
+        self._files[t.path].read_into(name, t.offset + start, out.data)
 
     def header(self, shard: Path) -> bytes:
         """Read a shard's header verbatim: its length in 8 bytes, then the JSON text, up to the first tensor.
@@ -205,10 +156,9 @@ class Checkpoint:
         """
         file = self._open_file(shard)
         raw = bytearray(8)
-        whole = SourceTensor("(header)", "U8", (8,), shard, 0, 8)
-        file.read_into(whole, 0, memoryview(raw))
+        file.read_into("(header)", 0, memoryview(raw))
         raw += bytearray(int.from_bytes(raw, "little"))
-        file.read_into(whole, 8, memoryview(raw)[8:])
+        file.read_into("(header)", 8, memoryview(raw)[8:])
         return bytes(raw)
 
     def stamp(self, shard: Path) -> tuple[int, int]:
@@ -223,7 +173,7 @@ class Checkpoint:
             raise ModelFileError("cannot read", path=shard, found=e.strerror or e) from e
         return found.st_size, found.st_mtime_ns
 
-    def _open_file(self, shard: Path) -> _ShardFile:
+    def _open_file(self, shard: Path) -> DataFile:
         if self._is_closed:
             raise ClosedError("the checkpoint is closed", path=self.folder)
         return self._files[shard]
@@ -271,16 +221,16 @@ class Checkpoint:
                 "malformed shard index",
                 path=index_path,
                 key="weight_map",
-                found=_short(weight_map),
+                found=short(weight_map),
                 expected="an object that maps tensor names to shard names",
             )
         for name, shard in weight_map.items():
-            if not isinstance(shard, str) or not _is_plain_shard_name(shard):
+            if not isinstance(shard, str) or not is_plain_shard_name(shard):
                 raise CheckpointError(
                     "the shard index names a file outside the checkpoint folder",
                     path=index_path,
-                    tensor=_short(name),
-                    found=_short(shard),
+                    tensor=short(name),
+                    found=short(shard),
                     expected="the name of a .safetensors file in the same folder",
                 )
         shards = sorted(set(weight_map.values()))
@@ -313,7 +263,7 @@ class Checkpoint:
                         "a shard and the shard index contradict each other",
                         path=t.path,
                         tensor=t.name,
-                        found=f"the tensor in this shard, {_short(weight_map.get(t.name))} in the index",
+                        found=f"the tensor in this shard, {short(weight_map.get(t.name))} in the index",
                         expected=f"{shard!r} in {INDEX_NAME}",
                         hint="Download both files again, from one revision",
                     )
@@ -331,175 +281,9 @@ class Checkpoint:
         return tensors
 
     def _open_shard(self, path: Path) -> list[SourceTensor]:
-        file = _ShardFile(path)
+        file = DataFile(path)
         self._files[path] = file
-        return _read_header(file)
-
-
-class _ShardFile:
-    """One open shard, read by position so that threads need no lock."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._lock = threading.Lock()
-        try:
-            if path.is_dir():
-                raise IsADirectoryError(f"{path} is a folder")
-            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by Checkpoint.close
-            self.n_bytes = os.fstat(self._file.fileno()).st_size
-        except OSError as e:
-            raise ModelFileError("cannot open a shard", path=path, found=e.strerror or e) from e
-
-    def close(self) -> None:
-        self._file.close()
-
-    def fileno(self) -> int:
-        return self._file.fileno()
-
-    def read_at(self, offset: int, view: memoryview) -> int:
-        """Fill as much of ``view`` as one system call gives."""
-        if hasattr(os, "preadv"):
-            return os.preadv(self._file.fileno(), [view], offset)
-        with self._lock:  # no positioned reads on Windows
-            self._file.seek(offset)
-            return self._file.readinto(view) or 0
-
-    def read_into(self, t: SourceTensor, offset: int, view: memoryview) -> None:
-        while view.nbytes:
-            try:
-                n = self.read_at(offset, view)
-            except OSError as e:
-                raise ModelFileError(
-                    "reading a tensor failed", path=self.path, tensor=t.name, found=e.strerror or e
-                ) from e
-            if n == 0:
-                raise CheckpointError(
-                    "a shard became shorter while it was read",
-                    path=self.path,
-                    tensor=t.name,
-                    found=f"end of file at byte {offset}",
-                    expected=f"{self.n_bytes} bytes",
-                )
-            offset, view = offset + n, view[n:]
-
-
-def _read_header(file: _ShardFile) -> list[SourceTensor]:
-    """Read and check one safetensors header; the tensors come back in the order of their data."""
-    path, n_file = file.path, file.n_bytes
-
-    def fail(
-        found: object, expected: object, *, tensor: str | None = None, hint: str | None = None
-    ) -> NoReturn:
-        raise CheckpointError(
-            "malformed safetensors file", path=path, tensor=tensor, found=found, expected=expected, hint=hint
-        )
-
-    again = "The download was interrupted; download the shard again"
-    if n_file < 8:
-        fail(f"{n_file} bytes", "at least 8, the length of the header", hint=again)
-    prefix = bytearray(8)
-    file.read_into(SourceTensor("(header)", "U8", (8,), path, 0, 8), 0, memoryview(prefix))
-    n_header = int.from_bytes(prefix, "little")
-    if n_header > MAX_HEADER_BYTES:
-        fail(
-            f"a header of {n_header} bytes",
-            f"at most {MAX_HEADER_BYTES}",
-            hint="This is not a safetensors file",
-        )
-    data_start = 8 + n_header
-    if data_start > n_file:
-        fail(f"{n_file} bytes, shorter than its header", f"at least {data_start}", hint=again)
-    raw = bytearray(n_header)
-    file.read_into(SourceTensor("(header)", "U8", (n_header,), path, 8, n_header), 8, memoryview(raw))
-    header = _parse_json(bytes(raw), path)
-
-    tensors = []
-    for name, info in header.items():
-        if name == "__metadata__":
-            continue
-        if not _is_printable_name(name):
-            fail(f"the tensor name {_short(name)}", "a name of printable characters", tensor=None)
-        if not isinstance(info, dict):
-            fail(_short(info), "an object with dtype, shape and data_offsets", tensor=name)
-        dtype, shape, offsets = (info.get(key) for key in ("dtype", "shape", "data_offsets"))
-        if not isinstance(dtype, str) or dtype not in DTYPES:
-            fail(f"dtype {_short(dtype)}", f"one of {', '.join(DTYPES)}", tensor=name)
-        if not _is_counts(shape):
-            fail(f"shape {_short(shape)}", "a list of non-negative integers", tensor=name)
-        if not _is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-            fail(f"data_offsets {_short(offsets)}", "a begin and an end", tensor=name)
-        begin, end = offsets
-        n_bytes = DTYPES[dtype].itemsize
-        for dim in shape:
-            n_bytes *= dim
-        if end - begin != n_bytes:
-            fail(f"{end - begin} bytes for {dtype} {shape}", f"{n_bytes} bytes", tensor=name)
-        if data_start + end > n_file:
-            fail(
-                f"data up to byte {data_start + end} in a file of {n_file}",
-                f"a file of at least {data_start + end} bytes",
-                tensor=name,
-                hint=again,
-            )
-        tensors.append(SourceTensor(name, dtype, tuple(shape), path, data_start + begin, n_bytes))
-
-    # the format wants the data gapless: a hole or an overlap is damage, or something hidden
-    tensors.sort(key=lambda t: (t.offset, t.n_bytes))
-    position = data_start
-    for t in tensors:
-        if t.offset != position:
-            what = "overlaps the tensor before it" if t.offset < position else "leaves a gap before it"
-            fail(f"data at byte {t.offset}, which {what}", f"byte {position}", tensor=t.name)
-        position += t.n_bytes
-    if position != n_file:
-        fail(f"{n_file - position} bytes after the last tensor", f"a file of {position} bytes")
-    return tensors
-
-
-def _is_counts(value: object) -> TypeGuard[list[int]]:
-    # bounded, so that no arithmetic on them can take long
-    return (
-        isinstance(value, list) and len(value) <= 16 and all(type(v) is int and 0 <= v < 2**63 for v in value)
-    )
-
-
-def _is_printable_name(name: str) -> bool:
-    # also keeps lone surrogates and control characters out of file headers and terminals
-    return 0 < len(name) <= 1024 and name.isprintable()
-
-
-_SHARD_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
-
-
-def _is_plain_shard_name(name: str) -> bool:
-    return _SHARD_NAME.fullmatch(name) is not None
-
-
-def _short(value: object) -> str:
-    """Show a value from a file in a message: bounded, and safe to print."""
-    text = ascii(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _no_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise ValueError(f"the key {_short(key)} twice")
-        result[key] = value
-    return result
-
-
-def _parse_json(raw: bytes, path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as e:  # includes bad UTF-8 and integers of absurd length
-        raise CheckpointError(
-            "not valid JSON in UTF-8", path=path, found=e, expected="a JSON object without duplicate keys"
-        ) from e
-    if not isinstance(value, dict):
-        raise CheckpointError("malformed file", path=path, found=_short(value), expected="a JSON object")
-    return value
+        return read_header(file)
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -518,7 +302,7 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return _parse_json(_read_bytes(path), path)
+    return parse_json(_read_bytes(path), path)
 
 
 def _read_text(path: Path) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from .errors import CheckpointError
@@ -24,6 +24,7 @@ __all__ = [
     "HParams",
     "Kind",
     "TensorSpec",
+    "block_specs",
     "native_to_upstream",
     "tensor_table",
     "upstream_to_native",
@@ -322,7 +323,8 @@ class TensorSpec:
         native: Name in the native dialect.
         upstream: Name in the upstream dialect.
         hf: Names in the hub checkpoint: the weight, then its scale where there is one. In expert stacks each
-            name contains ``{e}``, to be replaced by 0, 1, ... ``dims[2] - 1``.
+            name contains ``{e}``, to be replaced by 0, 1, ... ``dims[2] - 1``. Two weights with their scales are
+            two matrices side by side: each row of the first is followed by that of the second.
         dims: GGUF order, ne0 (the contiguous dimension) first; trailing ones are left out.
         kind: How the native file stores it.
         layer: Layer index, None for the model's own tensors.
@@ -339,6 +341,14 @@ class TensorSpec:
     def is_expert_stack(self) -> bool:
         """Whether the tensor stacks one checkpoint tensor per routed expert along ne2."""
         return "{e}" in self.hf[0]
+
+    @property
+    def parts(self) -> tuple[TensorSpec, ...]:
+        """The matrices that lie side by side in it, as tensors of their own; the tensor itself if there is one."""
+        if len(self.hf) <= 2:
+            return (self,)
+        dims = (self.dims[0] // 2, *self.dims[1:])
+        return tuple(replace(self, hf=self.hf[i : i + 2], dims=dims) for i in (0, 2))
 
     @property
     def file_type(self) -> FileType:
@@ -362,9 +372,9 @@ class TensorSpec:
 class _LayerDims:
     """Sizes of one layer that rows of the table below refer to."""
 
-    def __init__(self, hp: HParams, il: int) -> None:
-        self.ratio = hp.compress_ratios[il]
-        self.is_hash = il < hp.n_hash_layer
+    def __init__(self, hp: HParams, ratio: int, is_hash: bool) -> None:
+        self.ratio = ratio
+        self.is_hash = is_hash
         self.d = hp.n_embd
         self.heads = hp.n_head
         self.head = hp.head_dim
@@ -497,15 +507,29 @@ def _tensors(hp: HParams) -> Iterator[TensorSpec]:
     d, n_vocab, hc = hp.n_embd, hp.n_vocab, hp.hc_count
     yield _spec("token_embd.weight", "embed.weight", (d, n_vocab), "bf16", None)
     for il in range(hp.n_layer):
-        sizes = _LayerDims(hp, il)
-        for native, hf, kind, dims, is_present in _LAYER_ROWS:
-            if is_present(sizes):
-                yield _spec(f"blk.{il}.{native}", f"layers.{il}.{hf}", dims(sizes), kind, il)
+        yield from _layer(_LayerDims(hp, hp.compress_ratios[il], il < hp.n_hash_layer), il, f"layers.{il}")
     yield _spec("hc_head_base", "hc_head_base", (hc,), "f32", None)
     yield _spec("hc_head_fn", "hc_head_fn", (hc * d, hc), "f32", None)
     yield _spec("hc_head_scale", "hc_head_scale", (1,), "f32", None)
     yield _spec("output.weight", "head.weight", (d, n_vocab), "bf16", None)
     yield _spec("output_norm.weight", "norm.weight", (d,), "f32", None)
+
+
+def _layer(sizes: _LayerDims, il: int, hf_layer: str) -> Iterator[TensorSpec]:
+    for native, hf, kind, dims, is_present in _LAYER_ROWS:
+        if is_present(sizes):
+            yield _spec(f"blk.{il}.{native}", f"{hf_layer}.{hf}", dims(sizes), kind, il)
+
+
+def block_specs(hp: HParams, il: int, hf_layer: str) -> list[TensorSpec]:
+    """List the tensors of one block of a draft model: uncompressed, routed with a bias.
+
+    Args:
+        hp: The model it drafts for.
+        il: Its index in the draft file.
+        hf_layer: Prefix of its names in the checkpoint.
+    """
+    return list(_layer(_LayerDims(hp, 0, is_hash=False), il, hf_layer))
 
 
 def _spec(native: str, hf: str, dims: tuple[int, ...], kind: Kind, layer: int | None) -> TensorSpec:

@@ -35,6 +35,7 @@ _COMMANDS: Final = {
             "Say what a model needs and how fast it can be, before loading it.",
         ),
         "convert": ("pyllama_dsv4.cli.convert", "Convert a checkpoint to a native GGUF file."),
+        "restore": ("pyllama_dsv4.cli.restore", "Rebuild a checkpoint from its native GGUF file."),
         "quantize": ("pyllama_dsv4.cli.quantize", "Write a model in another type."),
     },
     "Proof": {

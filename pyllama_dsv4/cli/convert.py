@@ -10,14 +10,16 @@ from typing import Final
 
 import click
 
-from pyllama_dsv4.convert import OUTTYPES, ConvertResult
+from pyllama_dsv4.convert import OUTTYPES, ConvertResult, write_recipe
 from pyllama_dsv4.convert import convert as convert_checkpoint
 from pyllama_dsv4.convert.output import journal_path
-from pyllama_dsv4.convert.run import not_enough_space
+from pyllama_dsv4.convert.recipe import is_current
+from pyllama_dsv4.convert.run import default_n_threads, not_enough_space
 from pyllama_dsv4.convert.writer import PARTIAL_SUFFIX
 
+from .exit_codes import ExitCode
 from .help import Command, option
-from .progress import progress, size
+from .progress import byte_progress, print_rows, size
 from .terminal import Ui, clean
 
 __all__ = ["convert"]
@@ -38,7 +40,6 @@ OUTPUT: Final = "Output"
 @option(
     "--outfile",
     type=click.Path(path_type=Path),
-    required=True,
     metavar="FILE",
     section=CONVERSION,
     is_brief=True,
@@ -60,7 +61,7 @@ OUTPUT: Final = "Output"
     "n_threads",
     type=click.IntRange(1, 1024),
     metavar="N",
-    default_text="all cores",
+    default_text="all cores, at least 4",
     section=CONVERSION,
     is_brief=True,
     help="Worker threads.",
@@ -107,11 +108,37 @@ OUTPUT: Final = "Output"
     has_env=False,
     help="Split the output into files of at most this size (powers of 1000).",
 )
+@option(
+    "--draft",
+    is_flag=True,
+    section=CONVERSION,
+    has_env=False,
+    help="Write the checkpoint's draft model for speculative decoding (MTP or DSpark) instead of the model.",
+)
+@option(
+    "--recipe",
+    type=click.Path(path_type=Path),
+    metavar="R",
+    default_text="none",
+    section=CONVERSION,
+    has_env=False,
+    help="Also write R, with which the command restore rebuilds the checkpoint's shards from FILE. Reads the"
+    " checkpoint once more.",
+)
+@option(
+    "--tensor",
+    metavar="NAME",
+    section=CONVERSION,
+    has_env=False,
+    help="Convert only this tensor, in memory, and back; compare with the checkpoint, and with FILE if given.",
+)
 @option("-v", "--verbose", is_flag=True, section=OUTPUT, help="List every tensor.")
 @option("-q", "--quiet", is_flag=True, section=OUTPUT, help="No progress and no report, only errors.")
+@click.pass_context
 def convert(
+    ctx: click.Context,
     checkpoint: Path,
-    outfile: Path,
+    outfile: Path | None,
     outtype: str,
     n_threads: int | None,
     model_name: str | None,
@@ -119,9 +146,12 @@ def convert(
     dry_run: bool,
     resume: bool,
     split_max_size: int | None,
+    draft: bool,
+    recipe: Path | None,
+    tensor: str | None,
     verbose: bool,
     quiet: bool,
-) -> None:
+) -> ExitCode:
     """Convert a DeepSeek-V4 checkpoint to a native GGUF file.
 
     CHECKPOINT is a folder as downloaded from the hub: config.json, safetensors shards with their index, and
@@ -129,8 +159,14 @@ def convert(
     the file is called FILE.partial; --resume goes on with one that was interrupted, by whatever.
     """
     ui = Ui(is_quiet=quiet)
+    if tensor is not None:
+        return _compare(ui, checkpoint, tensor, outfile)
+    if outfile is None:
+        raise click.UsageError("Missing option '--outfile'.", ctx=ctx)
     template = None if chat_template_file is None else chat_template_file.read_text(encoding="utf-8")
-    with _saying_what_is_kept(ui, outfile), progress(ui, is_shown=not (quiet or dry_run)) as report:
+    if recipe is not None and not dry_run and not (resume and is_current(recipe, checkpoint)):
+        _write_recipe(ui, checkpoint, recipe, n_threads, is_shown=not quiet)
+    with _saying_what_is_kept(ui, outfile), byte_progress(ui, is_shown=not (quiet or dry_run)) as report:
         result = convert_checkpoint(
             checkpoint,
             outfile,
@@ -142,6 +178,7 @@ def convert(
             name=model_name,
             chat_template=template,
             max_file_bytes=split_max_size,
+            draft=draft,
         )
     for note in result.notes:
         ui.note(f"note: {note}")
@@ -151,6 +188,40 @@ def convert(
         _print_result(result)
     if dry_run and not result.fits:
         raise not_enough_space(result.path, result.n_bytes, result.n_bytes_free)
+    return ExitCode.OK
+
+
+def _write_recipe(ui: Ui, checkpoint: Path, path: Path, n_threads: int | None, *, is_shown: bool) -> None:
+    ui.note("hashing the checkpoint for the recipe")
+    with byte_progress(ui, is_shown=is_shown) as report:
+        recipe = write_recipe(checkpoint, path, n_threads=n_threads or default_n_threads(), progress=report)
+    if is_shown:
+        click.echo(f"wrote {clean(str(recipe.path))}")
+        click.echo(
+            f"  {'recipe':<16}{recipe.path.stat().st_size:,} bytes, {len(recipe.shards)} shards,"
+            f" {len(recipe.files)} other files"
+        )
+
+
+def _compare(ui: Ui, checkpoint: Path, name: str, file: Path | None) -> ExitCode:
+    from pyllama_dsv4.convert import compare_tensor
+
+    with ui.waiting(f"converting {name}"):
+        found = compare_tensor(checkpoint, name, file=file)
+    spec = found.spec
+    click.echo(spec.native)
+    rows = [
+        ("type", f"{spec.file_type.name}, {' x '.join(map(str, spec.dims))}, {spec.n_bytes:,} bytes"),
+        ("sha256", found.sha256),
+        (
+            "checkpoint",
+            found.source_difference or f"{found.n_sources} tensors, identical when converted back",
+        ),
+    ]
+    if found.file is not None:
+        rows.append(("file", found.file_difference or "identical"))
+    print_rows(rows)
+    return ExitCode.OK if found.is_equal else ExitCode.FAILED
 
 
 @contextmanager
@@ -199,5 +270,4 @@ def _print_result(result: ConvertResult) -> None:
             rows.append(("resumed after", f"{result.n_bytes_resumed:,} bytes"))
         speed = (result.n_bytes_payload - result.n_bytes_resumed) / 1e9 / max(result.duration_s, 1e-9)
         rows.append(("time", f"{result.duration_s:.1f} s, {speed:.2f} GB/s"))
-    for label, text in rows:
-        click.echo(f"  {label:<16}{text}")
+    print_rows(rows)

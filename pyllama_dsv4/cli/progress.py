@@ -1,4 +1,4 @@
-"""How commands that work through gigabytes show it, and sizes as options.
+"""How commands that work through gigabytes show it, sizes as options, and the rows of a report.
 
 A bar on a terminal, a line now and then elsewhere; both with GB/s and the time left, on stderr.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
@@ -18,7 +18,7 @@ from .terminal import Ui, clean
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-__all__ = ["Report", "progress", "size"]
+__all__ = ["Report", "byte_progress", "print_rows", "size"]
 
 LINE_INTERVAL_S: Final = 5.0
 """Seconds between progress lines when stderr is not a terminal."""
@@ -38,8 +38,14 @@ def size(ctx: click.Context, param: click.Parameter, value: str | None) -> int |
     return int(match[1]) * factor
 
 
+def print_rows(rows: Sequence[tuple[str, str]]) -> None:
+    """Print the rows of a report on stdout: a label and its text each."""
+    for label, text in rows:
+        click.echo(f"  {label:<16}{clean(text)}")
+
+
 @contextmanager
-def progress(ui: Ui, *, is_shown: bool) -> Iterator[Report | None]:
+def byte_progress(ui: Ui, *, is_shown: bool) -> Iterator[Report | None]:
     """Give a callback that shows progress on stderr; None if it is not to be shown."""
     if not is_shown:
         yield None

@@ -20,7 +20,7 @@ from pyllama_dsv4.checkpoint import Checkpoint
 from pyllama_dsv4.errors import ArgumentError, CheckpointError, ConvertError, ModelFileError
 
 from .plan import Plan
-from .writer import lock_file, sync_folder, write_error
+from .writer import lock_file, partial_path, sync_folder, write_error
 
 __all__ = ["Identity", "Journal", "identify"]
 
@@ -48,7 +48,8 @@ class Identity:
         options: Options that change the output, by the command line's name.
         inputs: SHA-256 of each file that goes into the metadata; None for one that does not exist.
         shards: By file name: size in bytes, time of last change in ns, SHA-256 of the header.
-        output: SHA-256 over the headers of all output files.
+        files: Names of the output files.
+        output: SHA-256 over their headers.
     """
 
     version: str
@@ -56,15 +57,19 @@ class Identity:
     options: Mapping[str, Any]
     inputs: Mapping[str, str | None]
     shards: Mapping[str, Sequence[Any]]
+    files: Sequence[str]
     output: str
 
 
-def identify(checkpoint: Checkpoint, plan: Plan, options: Mapping[str, Any]) -> Identity:
+def identify(
+    checkpoint: Checkpoint, plan: Plan, paths: Sequence[Path], options: Mapping[str, Any]
+) -> Identity:
     """Describe a conversion.
 
     Args:
         checkpoint: What is converted.
         plan: What is written.
+        paths: Where to.
         options: Options that change the output, by the command line's name; JSON values.
 
     Raises:
@@ -88,6 +93,7 @@ def identify(checkpoint: Checkpoint, plan: Plan, options: Mapping[str, Any]) -> 
             shard.name: [*checkpoint.stamp(shard), hashlib.sha256(checkpoint.header(shard)).hexdigest()]
             for shard in checkpoint.shards
         },
+        files=[path.name for path in paths],
         output=hashlib.sha256(b"".join(file.header for file in plan.files)).hexdigest(),
     )
 
@@ -151,12 +157,13 @@ class Journal:
         return True
 
     def begin(self, identity: Identity) -> None:
-        """Forget what is there and write the first line; nothing is claimed.
+        """Write the first line; nothing is claimed. What an earlier conversion left under other names is removed.
 
         Raises:
             DiskFullError, ModelFileError: It cannot be written.
         """
         self.n_done = 0
+        self._remove_leftovers(identity.files)
         try:
             os.ftruncate(self._fd, 0)
         except OSError as e:
@@ -168,6 +175,17 @@ class Journal:
                 os.ftruncate(self._fd, 0)
             raise
         sync_folder(self.path.parent)
+
+    def _remove_leftovers(self, names: Sequence[str]) -> None:
+        """Remove the partial files of an earlier conversion that was split otherwise."""
+        try:
+            first = next(iter(self._lines()), {})
+        except ConvertError:
+            return
+        for name in first.get("files") or ():
+            if isinstance(name, str) and name == Path(name).name and name not in names:
+                with suppress(OSError):
+                    os.unlink(partial_path(self.path.with_name(name)))
 
     def claim(self, n_done: int) -> None:
         """Note that the data of the first `n_done` tensors is on the disk.

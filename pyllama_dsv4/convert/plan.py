@@ -25,7 +25,20 @@ from .template import Generation, chat_template, generation_of
 from .tokenizer import read_vocabulary, vocabulary_keys
 from .writer import MetadataEntry, OutputTensor, header_bytes, lay_out, padded
 
-__all__ = ["Plan", "PlannedFile", "make_plan", "sources"]
+__all__ = [
+    "DRAFT_PREFIX",
+    "SCALE_DTYPES",
+    "SOURCE_DTYPES",
+    "Plan",
+    "PlannedFile",
+    "check_dims",
+    "check_rest",
+    "check_source",
+    "lay_out_files",
+    "make_plan",
+    "read_table",
+    "sources",
+]
 
 HF_MODEL_TYPE: Final = "deepseek_v4"
 
@@ -36,7 +49,7 @@ GROUP: Final = 32
 
 DRAFT_PREFIX: Final = "mtp."
 
-_SOURCE_DTYPES: Final[dict[Kind, tuple[str, ...]]] = {
+SOURCE_DTYPES: Final[dict[Kind, tuple[str, ...]]] = {
     "f32": ("F32", "BF16"),
     "bf16": ("BF16",),
     "i32": ("I64", "I32"),
@@ -45,7 +58,7 @@ _SOURCE_DTYPES: Final[dict[Kind, tuple[str, ...]]] = {
 }
 """dtypes from which each kind can be made without changing a value."""
 
-_SCALE_DTYPES: Final = ("F8_E8M0", "F32")
+SCALE_DTYPES: Final = ("F8_E8M0", "F32")
 
 
 @dataclass(frozen=True)
@@ -136,24 +149,10 @@ def make_plan(
         TileShapeError: A scale or a weight does not have the shape that the tiles need.
         CheckpointError: Anything else in the checkpoint that cannot be converted without loss.
     """
-    config_path = checkpoint.folder / "config.json"
-    model_type = checkpoint.config.get("model_type", HF_MODEL_TYPE)
-    if model_type != HF_MODEL_TYPE:
-        raise UnsupportedModelError(
-            "not a checkpoint of DeepSeek-V4",
-            path=config_path,
-            key="model_type",
-            found=ascii(model_type),
-            expected=repr(HF_MODEL_TYPE),
-        )
-    hp = HParams.from_hf_config(checkpoint.config, path=str(config_path))
-    specs = tensor_table(hp)
+    hp, specs = read_table(checkpoint)
     for spec in specs:
-        _check_dims(spec, str(config_path))
-    for spec in specs:
-        for weight, scale in sources(spec):
-            _check_source(checkpoint, spec, weight, scale)
-    skipped = _check_rest(checkpoint, specs)
+        check_source(checkpoint, spec)
+    skipped = check_rest(checkpoint, specs)
 
     vocabulary = read_vocabulary(checkpoint, hp.n_vocab)
     generation = generation_of(checkpoint.tensors)
@@ -169,15 +168,15 @@ def make_plan(
         generation=generation,
     )
     metadata += vocabulary_keys(vocabulary)
-    files = _split(metadata, specs, max_file_bytes)
+    files = lay_out_files(metadata, specs, max_file_bytes)
 
     notes = []
     if skipped:
-        kind = "DSpark draft" if generation == "0731" else "MTP"
+        kind = "DSpark" if generation == "0731" else "MTP"
         notes.append(
             f"left out {len(skipped)} {kind} tensors"
-            f" ({DRAFT_PREFIX}*, {sum(t.n_bytes for t in skipped):,} bytes):"
-            " the native format has no place for them"
+            f" ({DRAFT_PREFIX}*, {sum(t.n_bytes for t in skipped):,} bytes), which serve speculative decoding"
+            " only: --draft writes them to a file of their own"
         )
     if vocabulary is None:
         notes.append(
@@ -187,14 +186,60 @@ def make_plan(
     return Plan(hp, generation, metadata, files, skipped, notes)
 
 
+def read_table(checkpoint: Checkpoint) -> tuple[HParams, list[TensorSpec]]:
+    """Return the model that a checkpoint's configuration describes, and the tensors it must have.
+
+    Raises:
+        UnsupportedModelError: The checkpoint is of another architecture.
+        TileShapeError: The block formats have no layout for its dimensions.
+        CheckpointError: The configuration is not one of a DeepSeek-V4.
+    """
+    config_path = checkpoint.folder / "config.json"
+    model_type = checkpoint.config.get("model_type", HF_MODEL_TYPE)
+    if model_type != HF_MODEL_TYPE:
+        raise UnsupportedModelError(
+            "not a checkpoint of DeepSeek-V4",
+            path=config_path,
+            key="model_type",
+            found=ascii(model_type),
+            expected=repr(HF_MODEL_TYPE),
+        )
+    hp = HParams.from_hf_config(checkpoint.config, path=str(config_path))
+    specs = tensor_table(hp)
+    for spec in specs:
+        check_dims(spec, str(config_path))
+    return hp, specs
+
+
+def check_source(checkpoint: Checkpoint, spec: TensorSpec) -> None:
+    """Check names, dtypes and shapes of the checkpoint tensors that an output tensor is made of.
+
+    Raises:
+        MissingScaleError: A quantised weight has no scale.
+        TileShapeError: A scale does not have the shape that the tiles need.
+        CheckpointError: Anything else that cannot be converted without loss.
+    """
+    for part in spec.parts:
+        for weight, scale in sources(part):
+            _check_source(checkpoint, part, weight, scale)
+
+
 MAX_FILES: Final = 65535
 """``split.count`` has 16 bits."""
 
 
-def _split(
+def lay_out_files(
     metadata: Sequence[MetadataEntry], specs: Sequence[TensorSpec], max_bytes: int | None
 ) -> list[PlannedFile]:
-    """Lay the tensors out in one file, or in several that are as large as they may be.
+    """Lay tensors out in one file, or in several that are as large as they may be.
+
+    Args:
+        metadata: Keys, without those that number the files.
+        specs: Tensors in file order.
+        max_bytes: Size that no file exceeds unless it holds a single tensor; None for one file.
+
+    Raises:
+        ArgumentError: There would be too many files.
 
     Source: upstream ``tools/gguf-split/gguf-split.cpp:split_strategy`` for the keys and their types.
     """
@@ -239,17 +284,22 @@ def _split_keys(i: int, n_files: int, n_tensors: int) -> list[MetadataEntry]:
 
 
 def sources(spec: TensorSpec) -> Iterator[tuple[str, str | None]]:
-    """Yield the checkpoint's weight and scale names of a tensor: one pair, or one per expert of a stack."""
-    weight, scale = spec.hf if len(spec.hf) == 2 else (spec.hf[0], None)
-    if not spec.is_expert_stack:
-        yield weight, scale
-        return
-    for e in range(spec.dims[2]):
-        yield weight.format(e=e), None if scale is None else scale.format(e=e)
+    """Yield the checkpoint's weight and scale names of a tensor: one pair, or one per expert or part."""
+    for part in spec.parts:
+        weight, scale = part.hf if len(part.hf) == 2 else (part.hf[0], None)
+        if not part.is_expert_stack:
+            yield weight, scale
+            continue
+        for e in range(part.dims[2]):
+            yield weight.format(e=e), None if scale is None else scale.format(e=e)
 
 
-def _check_dims(spec: TensorSpec, config_path: str) -> None:
-    """Refuse dimensions for which the block formats have no layout."""
+def check_dims(spec: TensorSpec, config_path: str) -> None:
+    """Refuse dimensions for which the block formats have no layout.
+
+    Raises:
+        TileShapeError: Rows or columns are not multiples of a tile or group.
+    """
     cols, rows = (*spec.dims, 1)[:2]
     if spec.kind == "f8" and (cols % TILE or rows % TILE):
         raise TileShapeError(
@@ -280,7 +330,7 @@ def _check_source(checkpoint: Checkpoint, spec: TensorSpec, weight_name: str, sc
             expected=f"it, for {spec.native}",
             hint="Download the checkpoint again, or check that config.json belongs to it",
         )
-    dtypes = _SOURCE_DTYPES[spec.kind]
+    dtypes = SOURCE_DTYPES[spec.kind]
     if weight.dtype not in dtypes:
         raise CheckpointError(
             "a tensor cannot be converted without loss",
@@ -325,13 +375,13 @@ def _check_source(checkpoint: Checkpoint, spec: TensorSpec, weight_name: str, sc
             expected=f"{list(scale_shape)}, one per {unit} of a weight of {rows} x {cols}",
             hint="Scales of other tiles have no place in this format",
         )
-    if scale.dtype not in _SCALE_DTYPES:
+    if scale.dtype not in SCALE_DTYPES:
         raise CheckpointError(
             "a scale cannot be converted without loss",
             path=scale.path,
             tensor=scale_name,
             found=scale.dtype,
-            expected=" or ".join(_SCALE_DTYPES),
+            expected=" or ".join(SCALE_DTYPES),
         )
 
 
@@ -343,8 +393,12 @@ def _dtype_hint(spec: TensorSpec, dtype: str) -> str | None:
     return None
 
 
-def _check_rest(checkpoint: Checkpoint, specs: Sequence[TensorSpec]) -> list[SourceTensor]:
-    """Return the draft tensors; refuse any other tensor that the table does not name."""
+def check_rest(checkpoint: Checkpoint, specs: Sequence[TensorSpec]) -> list[SourceTensor]:
+    """Return the tensors of a draft model that no specification names; refuse any other that none names.
+
+    Raises:
+        CheckpointError: The checkpoint has a tensor that is not known.
+    """
     known = {name for spec in specs for pair in sources(spec) for name in pair}
     skipped = []
     for name, tensor in checkpoint.tensors.items():

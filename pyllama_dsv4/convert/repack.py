@@ -6,7 +6,8 @@ can work while memory stays at a few pieces. Nothing here rounds: what would hav
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -19,69 +20,104 @@ from pyllama_dsv4.errors import CheckpointError
 from pyllama_dsv4.tensors import TensorSpec
 
 from .plan import GROUP, TILE, sources
-from .writer import Job
+from .scales import read_scales
+from .writer import Job, Pool
 
-__all__ = ["tensor_jobs"]
+__all__ = ["PIECE_BYTES", "rows_per_piece", "tensor_jobs"]
 
 PIECE_BYTES: Final = 4 << 20
 """Aim for pieces of this size: large enough to hide the overhead of a job, small enough for a cache."""
 
-E8M0_NAN: Final = 255
-
 Bytes = npt.NDArray[np.uint8]
 
 
-def tensor_jobs(checkpoint: Checkpoint, spec: TensorSpec) -> Iterator[Job]:
+def tensor_jobs(checkpoint: Checkpoint, spec: TensorSpec, pool: Pool | None = None) -> Iterator[Job]:
     """Yield the jobs whose results, one after the other, are the data of a native-dialect tensor.
+
+    Args:
+        checkpoint: Where the sources are read from.
+        spec: The tensor.
+        pool: Memory for the results; by default they are new arrays.
 
     Raises (from the jobs):
         CheckpointError: A value cannot be represented: a NaN scale, a scale that is no power of two, an
             expert id out of range.
         ModelFileError: Reading failed.
     """
-    if spec.kind in ("f8", "mxfp4"):
-        rows, step = spec.dims[1], _rows_per_piece(spec)
+    pool = Pool() if pool is None else pool
+    if len(spec.parts) > 1:
+        parts = [tensor_jobs(checkpoint, part) for part in spec.parts]
+        yield from (partial(_joined, jobs, spec) for jobs in zip(*parts, strict=True))
+    elif spec.kind in ("f8", "mxfp4"):
+        rows, step = spec.dims[1], rows_per_piece(spec)
         for weight, scale in sources(spec):
             assert scale is not None
             for row in range(0, rows, step):
-                yield partial(_blocks, checkpoint, spec, weight, scale, row, min(row + step, rows))
+                yield partial(_blocks, checkpoint, spec, weight, scale, row, min(row + step, rows), pool)
     else:
         name = spec.hf[0]
         n_elements, step = spec.n_elements, PIECE_BYTES // 8
         for start in range(0, n_elements, step):
-            yield partial(_values, checkpoint, spec, name, start, min(start + step, n_elements))
+            yield partial(_values, checkpoint, spec, name, start, min(start + step, n_elements), pool)
 
 
-def _rows_per_piece(spec: TensorSpec) -> int:
+def _joined(jobs: Sequence[Job], spec: TensorSpec) -> Bytes:
+    """The same rows of matrices that lie side by side."""
+    row_bytes = spec.file_type.n_bytes(spec.parts[0].dims[0])
+    return np.concatenate([job().reshape(-1, row_bytes) for job in jobs], axis=1).reshape(-1)
+
+
+class _Scratch(threading.local):
+    """Memory of a worker thread for what it reads; new pages would cost more than filling them."""
+
+    def __init__(self) -> None:
+        self.codes: Bytes = np.empty(0, np.uint8)
+
+    def take(self, n_bytes: int) -> Bytes:
+        if self.codes.size < n_bytes:
+            self.codes = np.empty(n_bytes, np.uint8)
+        return self.codes[:n_bytes]
+
+
+_scratch = _Scratch()
+
+
+def rows_per_piece(spec: TensorSpec) -> int:
+    """Return how many rows of a quantised tensor make a piece: whole tiles."""
     row_bytes = spec.file_type.n_bytes(spec.dims[0])
     return max(PIECE_BYTES // row_bytes // TILE, 1) * TILE
 
 
-def _blocks(checkpoint: Checkpoint, spec: TensorSpec, weight: str, scale: str, start: int, end: int) -> Bytes:
+def _blocks(
+    checkpoint: Checkpoint, spec: TensorSpec, weight: str, scale: str, start: int, end: int, pool: Pool
+) -> Bytes:
     """Rows ``start`` to ``end`` of a quantised tensor, as blocks of scale and codes."""
     cols, rows = spec.dims[0], end - start
+    n_code_cols = cols if spec.kind == "f8" else cols // 2
+    codes = _scratch.take(rows * n_code_cols)
+    checkpoint.read_into(weight, start * n_code_cols, codes)
     if spec.kind == "f8":
-        codes = _read(checkpoint, weight, start * cols, (rows, cols))
-        scale_shape = (rows // TILE, cols // TILE)
-        scales = _read_scales(checkpoint, scale, start // TILE * scale_shape[1], scale_shape)
-        packed: Bytes = _codec.f8_e4m3_b128_pack(codes, scales, n_threads=1)
+        scale_shape, scale_start, pack = (rows // TILE, cols // TILE), start // TILE, _codec.f8_e4m3_b128_pack
     else:
-        codes = _read(checkpoint, weight, start * cols // 2, (rows, cols // 2)).view(np.uint8)
-        scale_shape = (rows, cols // GROUP)
-        scales = _read_scales(checkpoint, scale, start * scale_shape[1], scale_shape)
-        packed = _codec.mxfp4_pack(codes, scales, n_threads=1)
-    return packed.reshape(-1)
+        scale_shape, scale_start, pack = (rows, cols // GROUP), start, _codec.mxfp4_pack
+    scales = read_scales(checkpoint, scale, scale_start * scale_shape[1], scale_shape)
+    row_bytes = spec.file_type.n_bytes(cols)
+    packed = pool.take(rows * row_bytes)
+    pack(codes.reshape(rows, -1), scales, out=packed.reshape(rows, row_bytes), n_threads=1)
+    return packed
 
 
-def _values(checkpoint: Checkpoint, spec: TensorSpec, name: str, start: int, end: int) -> Bytes:
+def _values(checkpoint: Checkpoint, spec: TensorSpec, name: str, start: int, end: int, pool: Pool) -> Bytes:
     """Elements ``start`` to ``end`` of a tensor of plain numbers."""
-    dtype = checkpoint.tensors[name].dtype
-    values = _read(checkpoint, name, start, (end - start,))
-    if spec.kind == "f32" and dtype == "BF16":
-        values = values.astype("<u4") << 16  # the upper half of an F32 is the BF16 number
-    elif spec.kind == "i32":
-        values = _expert_ids(checkpoint, spec, name, start, values)
-    return values.view(np.uint8)
+    dtype = DTYPES[checkpoint.tensors[name].dtype]
+    data = pool.take((end - start) * dtype.itemsize)
+    checkpoint.read_into(name, start * dtype.itemsize, data)
+    values = data.view(dtype)
+    if spec.kind == "f32" and checkpoint.tensors[name].dtype == "BF16":
+        return (values.astype("<u4") << 16).view(np.uint8)  # the upper half of an F32 is the BF16 number
+    if spec.kind == "i32":
+        return _expert_ids(checkpoint, spec, name, start, values).view(np.uint8)
+    return data
 
 
 def _expert_ids(
@@ -98,44 +134,3 @@ def _expert_ids(
             expected=f"0 to {n_expert - 1}",
         )
     return values.astype("<i4")
-
-
-def _read(checkpoint: Checkpoint, name: str, start: int, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    """Read elements from index ``start`` on, as many as ``shape`` has."""
-    dtype = DTYPES[checkpoint.tensors[name].dtype]
-    out = np.empty(shape, dtype)
-    checkpoint.read_into(name, start * dtype.itemsize, out.reshape(-1).view(np.uint8))
-    return out
-
-
-def _read_scales(checkpoint: Checkpoint, name: str, start: int, shape: tuple[int, int]) -> Bytes:
-    """Read scales as E8M0 bytes: value 2^(byte - 127)."""
-    tensor = checkpoint.tensors[name]
-    scales = _read(checkpoint, name, start, shape)
-    if tensor.dtype == "F32":
-        bits = scales.view("<u4")
-        # a power of two has an empty mantissa; 2^-127 is subnormal in F32 and byte 0 in E8M0. The upper bound
-        # excludes infinity, and negative numbers with it.
-        is_power = ((bits & 0x7FFFFF) == 0) & (bits > 0) & (bits < 0x7F800000)
-        is_smallest = bits == 0x00400000
-        bad = np.argwhere(~(is_power | is_smallest))
-        if bad.size:
-            raise _bad_scale(checkpoint, name, start, bad[0], shape, repr(float(scales[tuple(bad[0])])))
-        return np.where(is_smallest, 0, bits >> 23).astype(np.uint8)
-    bad = np.argwhere(scales == E8M0_NAN)
-    if bad.size:
-        raise _bad_scale(checkpoint, name, start, bad[0], shape, f"{E8M0_NAN}, which is NaN")
-    return scales
-
-
-def _bad_scale(
-    checkpoint: Checkpoint, name: str, start: int, at: npt.NDArray[Any], shape: tuple[int, int], found: str
-) -> CheckpointError:
-    row, col = start // shape[1] + int(at[0]), int(at[1])
-    return CheckpointError(
-        "a scale cannot be converted without loss",
-        path=checkpoint.tensors[name].path,
-        tensor=name,
-        found=f"{found} at [{row}, {col}]",
-        expected="a positive power of two from 2^-127 to 2^127",
-    )

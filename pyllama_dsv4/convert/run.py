@@ -14,10 +14,12 @@ from typing import Final
 from pyllama_dsv4.checkpoint import Checkpoint
 from pyllama_dsv4.errors import ArgumentError, CheckpointError, DiskFullError
 
+from .draft import make_draft_plan
 from .journal import Identity, Journal, identify
 from .output import Output, journal_path, output_paths
 from .plan import Plan, make_plan
-from .writer import Progress, check_output_path, partial_path, write_tensors
+from .scales import check_fp8_scales
+from .writer import Pool, Progress, check_output_path, partial_path, write_tensors
 
 __all__ = ["OUTTYPES", "ConvertResult", "convert"]
 
@@ -81,6 +83,7 @@ def convert(
     name: str | None = None,
     chat_template: str | None = None,
     max_file_bytes: int | None = None,
+    draft: bool = False,
 ) -> ConvertResult:
     """Convert a DeepSeek-V4 checkpoint in hub form into a native-dialect GGUF file.
 
@@ -95,7 +98,7 @@ def convert(
         checkpoint: Folder with ``config.json``, the safetensors shards and, for text, the tokenizer files.
         outfile: The file to write.
         outtype: One of ``OUTTYPES``.
-        n_threads: Worker threads; by default one per core this process may use.
+        n_threads: Worker threads; by default one per core this process may use, and at least 4.
         progress: Called as ``progress(bytes_done, bytes_total, tensor_name)`` after each piece; returning
             False cancels.
         dry_run: Check everything and compute all sizes, but write nothing.
@@ -105,6 +108,8 @@ def convert(
         chat_template: Template text; by default upstream's for this generation of the model.
         max_file_bytes: Split the output into files of at most this size, named ``STEM-00001-of-00009.gguf`` and so
             on, of which the first opens the model. A tensor that is larger gets a file to itself.
+        draft: Write the checkpoint's draft model for speculative decoding instead of the model: MTP of the preview,
+            DSpark of 0731.
 
     Raises:
         ArgumentError: An argument is out of range or differs from the interrupted conversion's, or ``outfile``
@@ -125,7 +130,7 @@ def convert(
         raise ArgumentError(
             "unknown output type", key="outtype", found=repr(outtype), expected=" or ".join(OUTTYPES)
         )
-    n_threads = _default_n_threads() if n_threads is None else n_threads
+    n_threads = default_n_threads() if n_threads is None else n_threads
     if not 1 <= n_threads <= 1024:
         raise ArgumentError(
             "cannot use so many threads", key="n_threads", found=n_threads, expected="1 to 1024"
@@ -143,7 +148,11 @@ def convert(
                 found=str(path),
                 expected="another name",
             )
-        plan = make_plan(source, name=name, template=chat_template, max_file_bytes=max_file_bytes)
+        if draft:
+            plan = make_draft_plan(source, name=name, max_file_bytes=max_file_bytes)
+        else:
+            plan = make_plan(source, name=name, template=chat_template, max_file_bytes=max_file_bytes)
+        check_fp8_scales(source, plan.specs)
         paths = [check_output_path(p) for p in output_paths(path, len(plan.files))]
         n_bytes_free = _free_bytes(paths)
         n_bytes_resumed, duration_s = 0, 0.0
@@ -154,10 +163,11 @@ def convert(
                 "model-name": name,
                 "chat-template-file": chat_template,
                 "split-max-size": max_file_bytes,
+                "draft": draft,
             }
             start_s = time.monotonic()
             with Journal(journal_path(path)) as journal:
-                identity = identify(source, plan, options)
+                identity = identify(source, plan, paths, options)
                 if not (resume and journal.resume(identity)):
                     journal.begin(identity)
                 n_bytes_resumed = _write(source, plan, paths, journal, identity, n_threads, progress)
@@ -199,14 +209,16 @@ def _write(
 
     with Output(plan.files, paths, journal) as out:
         n_bytes_done = out.n_bytes_done
+        pool = Pool()
         todo = list(zip(plan.infos, plan.specs, strict=True))[journal.n_done :]
         write_tensors(
             out,
-            ((info, tensor_jobs(source, spec)) for info, spec in todo),
+            ((info, tensor_jobs(source, spec, pool)) for info, spec in todo),
             n_threads=n_threads,
             n_bytes_total=plan.n_bytes_payload,
             n_bytes_done=n_bytes_done,
             progress=progress,
+            pool=pool,
         )
         _check_unchanged(source, identity)
         out.commit()
@@ -246,7 +258,11 @@ def _free_bytes(paths: Sequence[Path]) -> int:
     return free
 
 
-def _default_n_threads() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+MIN_THREADS: Final = 4
+"""On few cores more threads than those: most of their time goes to waiting for the disk."""
+
+
+def default_n_threads() -> int:
+    """Return the number of worker threads by default."""
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(n_cores, MIN_THREADS)

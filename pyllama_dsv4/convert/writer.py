@@ -43,6 +43,7 @@ __all__ = [
     "MetadataEntry",
     "OutputFile",
     "OutputTensor",
+    "Pool",
     "Progress",
     "Sink",
     "check_output_path",
@@ -343,6 +344,34 @@ def write_error(
     return ModelFileError("cannot write", path=path, found=e.strerror or e, hint=hint)
 
 
+class Pool:
+    """Memory for pieces that is used again: new pages would cost more than filling them. For several threads."""
+
+    def __init__(self) -> None:
+        self._free: deque[npt.NDArray[np.uint8]] = deque()
+
+    def take(self, n_bytes: int) -> npt.NDArray[np.uint8]:
+        """Return an ``(n_bytes,) uint8`` array of any content."""
+        try:
+            buffer = self._free.pop()
+        except IndexError:
+            buffer = np.empty(n_bytes, np.uint8)
+        if buffer.size < n_bytes:
+            buffer = np.empty(n_bytes, np.uint8)
+        return buffer[:n_bytes]
+
+    def give_back(self, data: npt.NDArray[np.uint8]) -> None:
+        """Take an array's memory back; one that is not from here is left alone."""
+        buffer = data.base
+        if (
+            isinstance(buffer, np.ndarray)
+            and buffer.dtype == np.uint8
+            and buffer.ndim == 1
+            and buffer.base is None
+        ):
+            self._free.append(buffer)
+
+
 class Sink(Protocol):
     """What ``write_tensors`` writes to."""
 
@@ -365,10 +394,12 @@ def write_tensors(
     n_bytes_total: int,
     n_bytes_done: int = 0,
     progress: Progress | None = None,
+    pool: Pool | None = None,
 ) -> None:
     """Produce the data of all tensors on worker threads and write it, in order, from this one.
 
-    Only ``n_threads + 2`` pieces exist at any time, which bounds the memory.
+    Only ``n_threads + 2`` pieces exist at any time, which bounds the memory. If the jobs take theirs from ``pool``,
+    it is given back once it is written.
 
     Raises:
         CancelledError: ``progress`` returned False.
@@ -386,21 +417,23 @@ def write_tensors(
         data = future.result()
         out.write(data.data)
         n_done += data.size
+        if pool is not None:
+            pool.give_back(data)
         if progress is not None and progress(n_done, n_bytes_total, info.name) is False:
             raise CancelledError("the conversion was cancelled", path=out.path)
 
-    pool = ThreadPoolExecutor(n_threads, thread_name_prefix="convert")
+    workers = ThreadPoolExecutor(n_threads, thread_name_prefix="convert")
     try:
         for info, jobs in tensors:
             for job in jobs:
-                pending.append((info, pool.submit(job)))
+                pending.append((info, workers.submit(job)))
                 if len(pending) > n_threads + 1:
                     write_next()
             pending.append((info, None))  # the tensor's end
         while pending:
             write_next()
     finally:
-        pool.shutdown(cancel_futures=True)
+        workers.shutdown(cancel_futures=True)
 
 
 def partial_path(path: Path) -> Path:

@@ -247,3 +247,83 @@ def test_progress_bar_on_a_terminal(tiny: Path, tmp_path: Path) -> None:
     assert process.wait(timeout=60) == 0
     assert "\u2501".encode() in shown
     assert b"9.9/9.9 MB" in shown
+
+
+def test_recipe_and_restore(tiny: Path, tmp_path: Path) -> None:
+    path, recipe, out = tmp_path / "x.gguf", tmp_path / "x.recipe", tmp_path / "again"
+    done = run(tiny, "--outfile", path, "--recipe", recipe)
+    assert done.returncode == 0, done.stderr
+    assert f"wrote {recipe}\n  recipe          {recipe.stat().st_size:,} bytes, 1 shards" in done.stdout
+    done = restore(path, "--recipe", recipe, out)
+    assert done.returncode == 0, done.stderr
+    assert f"rebuilt 1 of 1 shards in {out}" in done.stdout
+    assert "100.0 %" in done.stderr
+    assert (out / "model.safetensors").read_bytes() == (tiny / "model.safetensors").read_bytes()
+
+
+def test_restore_names_what_it_cannot_rebuild(tmp_path: Path) -> None:
+    folder = synth.write_checkpoint(tmp_path / "x", seed=1, n_shards=4, draft="mtp")
+    path, recipe = tmp_path / "x.gguf", tmp_path / "x.recipe"
+    done = run(folder, "--outfile", path, "--recipe", recipe, "-q")
+    assert (done.returncode, done.stdout) == (0, "")
+    done = restore(path, "--recipe", recipe, tmp_path / "out", "-q")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "not rebuilt: model-00004-of-00004.safetensors: 87 of its 147 tensors are in no" in done.stderr
+    assert run(folder, "--outfile", tmp_path / "d.gguf", "--draft", "-q").returncode == 0
+    done = restore(path, "--recipe", recipe, tmp_path / "out", "--draft", tmp_path / "d.gguf")
+    assert done.returncode == 0, done.stderr
+    assert "rebuilt 4 of 4 shards" in done.stdout
+
+
+def test_a_recipe_is_not_made_again_when_resuming(tiny: Path, tmp_path: Path) -> None:
+    args = (tiny, "--outfile", tmp_path / "x.gguf", "--recipe", tmp_path / "r")
+    assert "recipe  " in run(*args).stdout
+    assert "recipe  " not in run(*args, "--resume").stdout
+    assert "recipe  " in run(*args).stdout
+
+
+def test_restore_refuses(tiny: Path, tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    assert run(tiny, "--outfile", path, "-q").returncode == 0
+    done = restore(path, tmp_path / "out")
+    assert (done.returncode, "--recipe" in done.stderr) == (2, True)
+    done = restore(path, "--recipe", path, tmp_path / "out")
+    assert done.returncode == 3
+    assert "malformed recipe" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def restore(*args: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command("restore", *args), capture_output=True, text=True, timeout=TIMEOUT_S)
+
+
+def test_one_tensor(tiny: Path, tmp_path: Path) -> None:
+    done = run(tiny, "--tensor", "layers.3.ffn.experts.2.w1.scale")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("blk.3.ffn_gate_exps.weight\n")
+    assert "16 tensors, identical when converted back" in done.stdout
+    path = tmp_path / "x.gguf"
+    assert run(tiny, "--outfile", path, "-q").returncode == 0
+    done = run(tiny, "--tensor", "output_norm.weight", "--outfile", path)
+    assert done.returncode == 0
+    assert re.search(r"^  file +identical$", done.stdout, re.MULTILINE)
+    with open(path, "r+b") as f:
+        f.seek(-4, os.SEEK_END)
+        f.write(b"\xff")
+    done = run(tiny, "--tensor", "output_norm.weight", "--outfile", path)
+    assert done.returncode == 1
+    assert "file            byte 1,020 of output_norm.weight: 0xff, expected 0x00" in done.stdout
+
+
+def test_draft(tmp_path: Path) -> None:
+    folder = synth.write_checkpoint(tmp_path / "Tiny-V4", seed=1, draft="dspark")
+    path = tmp_path / "d.gguf"
+    done = run(folder, "--outfile", path, "--draft", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "--spec-type draft-dspark" in done.stderr
+    done = run(folder, "--outfile", path, "--draft")
+    assert done.returncode == 0, done.stderr
+    assert parse_gguf(path).kv["general.architecture"].value == "dflash"
+    done = run(folder, "--outfile", tmp_path / "x.gguf")
+    assert "note: left out 241 DSpark tensors (mtp.*" in done.stderr
+    assert "--draft" in done.stderr

@@ -85,6 +85,33 @@ def test_header_as_read_by_gguf(result: ConvertResult, reader: Any) -> None:
     assert result.path.stat().st_size == result.n_bytes
 
 
+def test_split_and_draft_files_as_read_by_gguf(tmp_path: Path) -> None:
+    """Each shard is a GGUF file of its own to that reader; together they have every tensor once."""
+    folder = synth.write_checkpoint(tmp_path / "c", seed=2, tokenizer="bytes", draft="mtp")
+    split = convert(folder, tmp_path / "x.gguf", max_file_bytes=3_000_000, chat_template=TEMPLATE)
+    whole = gguf.GGUFReader(convert(folder, tmp_path / "y.gguf", chat_template=TEMPLATE).path)
+    found = {}
+    for i, path in enumerate(split.paths):
+        shard = gguf.GGUFReader(path)
+        assert shard.get_field("split.no").contents() == i
+        assert shard.get_field("split.count").contents() == len(split.paths) > 3
+        assert shard.get_field("split.tensors.count").contents() == len(whole.tensors)
+        found |= data_of(shard)
+    assert list(found) == [t.name for t in whole.tensors]
+    for t in whole.tensors:
+        np.testing.assert_array_equal(found[t.name], t.data)
+    draft = gguf.GGUFReader(convert(folder, tmp_path / "d.gguf", draft=True).path)
+    assert draft.get_field("deepseek4.nextn_predict_layers").contents() == 1
+    eh = next(t for t in draft.tensors if t.name == "blk.6.nextn.eh_proj.weight")
+    assert (eh.tensor_type.name, list(eh.shape)) == ("F8_E4M3_B128", [512, 256])
+    values = gguf.dequantize(eh.data, eh.tensor_type)
+    with Checkpoint(folder) as checkpoint:
+        for half, name in ((values[:, :256], "mtp.0.e_proj"), (values[:, 256:], "mtp.0.h_proj")):
+            codes = checkpoint.read(f"{name}.weight").view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+            scales = np.ldexp(np.float32(1), checkpoint.read(f"{name}.scale").astype(int) - 127)
+            np.testing.assert_array_equal(half, codes * scales.repeat(128, 0).repeat(128, 1))
+
+
 def test_plain_tensors(result: ConvertResult, reader: Any, source: Checkpoint) -> None:
     data = data_of(reader)
     for spec in result.plan.specs:

@@ -315,7 +315,7 @@ class TestTemplate:
         monkeypatch.setattr("pyllama_dsv4.convert.plan.chat_template", lambda g: f"template of {g}")
         name = "mtp.0.main_proj.weight" if generation == "0731" else "mtp.0.e_proj.weight"
         folder = changed(lambda t: t.update({name: ("BF16", np.zeros((2, 2), np.uint16))}))
-        synth._write_tokenizer(folder, "bytes")
+        synth.tokenizers.write_tokenizer(folder, "bytes")
         edit_json(folder / "tokenizer.json", added_tokens=[], model=small_model(320))
         edit_json(folder / "tokenizer_config.json", bos_token=None, eos_token=None, pad_token=None)
         plan = plan_of(folder)
@@ -631,6 +631,21 @@ def test_nan_scale(changed: Any, tmp_path: Path, name: str) -> None:
         convert(folder, tmp_path / "x.gguf")
     assert caught.value.tensor == name
     assert os.listdir(tmp_path) == ["changed"]
+
+
+def test_bad_fp8_scales_are_found_before_hours_of_writing(changed: Any, tmp_path: Path) -> None:
+    """The first in file order is named, also by a dry run."""
+
+    def change(t: Tensors) -> None:
+        for name in (f"{SHARED}.scale", f"{WKV}.scale"):
+            t[name][1][-1, -1] = 255
+
+    folder = changed(change)
+    for dry_run in (True, False):
+        with pytest.raises(CheckpointError, match="is NaN") as caught:
+            convert(folder, tmp_path / "x.gguf", dry_run=dry_run, progress=lambda *_: pytest.fail("writing"))
+        assert caught.value.tensor == f"{SHARED}.scale"
+        assert os.listdir(tmp_path) == ["changed"]
 
 
 @pytest.mark.parametrize("bad", [-1, 8, 2**32, -(2**63)])
@@ -1011,6 +1026,30 @@ def test_memory_stays_below_one_tensor(tmp_path: Path) -> None:
     assert process.returncode == 0, stderr
     assert (tmp_path / "x.gguf").stat().st_size > 2 * 128 << 20
     assert int(stdout) < 48 << 20
+
+
+def test_pool_gives_what_is_asked_for() -> None:
+    """A joined matrix once came back as memory of two dimensions, of which a piece was rows instead of bytes."""
+    pool = writer.Pool()
+    first = pool.take(100)
+    pool.give_back(first)
+    again = pool.take(60)
+    assert again.shape == (60,)
+    assert np.shares_memory(first, again)
+    pool.give_back(again)
+    larger = pool.take(101)
+    assert larger.shape == (101,)
+    for foreign in (
+        np.zeros((8, 8), np.uint8).reshape(-1),
+        np.zeros(64, "<u4").view(np.uint8),
+        np.zeros(64, np.uint8),
+        np.frombuffer(bytes(64), np.uint8),
+    ):
+        pool.give_back(foreign)
+        taken = pool.take(16)
+        assert taken.shape == (16,)
+        assert taken.flags.writeable
+        assert not np.shares_memory(taken, foreign)
 
 
 def test_pieces_wait_for_the_writer(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -182,7 +182,7 @@ def test_resumed_bytes_are_not_made_again(
     interrupted(tiny, path)
     made: list[str] = []
     jobs = repack.tensor_jobs
-    monkeypatch.setattr(repack, "tensor_jobs", lambda c, s: made.append(s.native) or jobs(c, s))
+    monkeypatch.setattr(repack, "tensor_jobs", lambda c, s, pool: made.append(s.native) or jobs(c, s, pool))
     result = convert(tiny, path, resume=True)
     names = [info.name for info in result.plan.infos]
     assert 10 < len(made) < len(names) - 10
@@ -211,7 +211,7 @@ def test_a_fault_of_the_checkpoint_leaves_nothing(
     """Going on would meet it again."""
     folder = tmp_path / "c"
     shutil.copytree(tiny, folder)
-    name = "layers.5.ffn.shared_experts.w3.scale"
+    name = "layers.5.ffn.experts.7.w3.scale"
     with Checkpoint(folder) as checkpoint:
         scale = checkpoint.tensors[name]
     rewrite(scale.path, scale.offset, b"\xff")
@@ -244,7 +244,7 @@ def test_claims_follow_the_flushes(tiny: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(writer.OutputFile, "sync", sync)
     monkeypatch.setattr(Journal, "claim", note)
     convert(tiny, tmp_path / "x.gguf")
-    assert len(claims) > 5
+    assert len(claims) > 1
     assert all(end <= position for end, position in claims)
     assert claims[-1][0] == ends[-1]
 
@@ -257,6 +257,26 @@ def test_a_checkpoint_that_changes_meanwhile(tiny: Path, tmp_path: Path) -> None
         convert(folder, tmp_path / "x.gguf", progress=lambda *_: os.utime(shard, (1, 1)))
     assert caught.value.path == str(shard)
     assert os.listdir(tmp_path) == ["c"]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_two_conversions_at_once(
+    tiny: Path, tmp_path: Path, digests: dict[int | None, dict[str, str]], resume: bool
+) -> None:
+    """The second is refused, whichever files the first has open just then, and disturbs nothing."""
+
+    def second(done: int, *_: object) -> None:
+        if done in tries:
+            return
+        tries.add(done)
+        if len(tries) % 20 == 1:
+            with pytest.raises(ConvertError, match="another process is writing"):
+                convert(tiny, tmp_path / "x.gguf", resume=resume, max_file_bytes=SPLIT_BYTES)
+
+    tries: set[int] = set()
+    convert(tiny, tmp_path / "x.gguf", progress=second, max_file_bytes=SPLIT_BYTES)
+    assert len(tries) > 100
+    assert sums(tmp_path.iterdir()) == digests[SPLIT_BYTES]
 
 
 # --- what may not change between the steps ---------------------------------------------------------------
@@ -334,7 +354,15 @@ def test_changed_between_the_steps(tiny: Path, tmp_path: Path, case: str) -> Non
     assert (caught.value.key or Path(str(caught.value.path)).name) == place
     assert sums(tmp_path.glob("x.*")) == before  # nothing is lost by trying
     convert(folder, path, **options)
-    assert not list(tmp_path.glob("*.partial*")) or options
+    assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_files_of_an_earlier_split_are_removed(tiny: Path, tmp_path: Path) -> None:
+    interrupted(tiny, tmp_path / "x.gguf", n_bytes=8_000_000, max_file_bytes=SPLIT_BYTES)
+    assert len(list(tmp_path.glob("x-*.partial"))) > 1
+    (tmp_path / "other.gguf.partial").write_bytes(b"mine")
+    convert(tiny, tmp_path / "x.gguf")
+    assert sorted(os.listdir(tmp_path)) == ["other.gguf.partial", "x.gguf"]
 
 
 def test_another_version(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

