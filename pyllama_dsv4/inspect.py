@@ -21,7 +21,7 @@ __all__ = ["describe", "inspect_file"]
 _FILE_TYPE_41: Final = {"F8_E4M3_B128": "MOSTLY_F8_E4M3_MXFP4", "Q2_0": "MOSTLY_Q2_0"}
 """``general.file_type`` 41 has two meanings; the one of type 42 in the same file tells which."""
 
-_V4_TEMPLATE_MARK: Final = "dsml_token"
+V4_TEMPLATE_MARK: Final = "dsml_token"
 """In every chat template of DeepSeek-V4, and what the engine selects its tool-call parser by."""
 
 
@@ -167,7 +167,7 @@ def _n_tokens(entry: KeyValue | None) -> int | None:
 
 def _chat_template(report: HeaderReport) -> dict[str, Any]:
     text = _value(report.header, "tokenizer.chat_template", ValueType.STR)
-    is_v4 = text is not None and _V4_TEMPLATE_MARK in text
+    is_v4 = text is not None and V4_TEMPLATE_MARK in text
     return {
         "is_present": text is not None,
         "n_chars": None if text is None else len(text),

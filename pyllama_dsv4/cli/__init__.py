@@ -32,6 +32,7 @@ _COMMANDS: Final = {
         "inspect": ("pyllama_dsv4.cli.inspect", "Show what a model file contains, without loading it."),
         "convert": ("pyllama_dsv4.cli.convert", "Convert a checkpoint to a native GGUF file."),
         "verify": ("pyllama_dsv4.cli.verify", "Check every byte of a model file."),
+        "translate": ("pyllama_dsv4.cli.translate", "Rewrite a model file for other engines."),
     },
 }
 
