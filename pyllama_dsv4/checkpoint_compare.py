@@ -14,11 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from .checkpoint import DTYPES, Checkpoint, SourceTensor
-from .convert.metadata import GENERATION_KEY
 from .convert.plan import DRAFT_PREFIX, sources
 from .convert.template import generation_of
 from .convert.tokenizer import read_vocabulary, vocabulary_keys
 from .findings import Finding, Findings
+from .formats import GENERATION_KEY, generation_of_file
 from .gguf_file import ArrayValue
 from .header import Header, HeaderReport, Tensor
 from .tensor_data import Bytes
@@ -233,11 +233,10 @@ class Comparison:
             if np.float32(found) != np.float32(expected) if is_float else found != expected:
                 self._add("key", str(found), f"{expected}, as in config.json", key=field.name)
         generation = generation_of(self._checkpoint.tensors)
-        entry = self._header.kv.get(GENERATION_KEY)
-        in_header = "preview" if entry is None else str(entry.value)
+        in_header = generation_of_file(self._header)
         if in_header != generation:
             self._add(
-                "key", in_header, f"{generation}, by the checkpoint's draft tensors", key=GENERATION_KEY
+                "key", str(in_header), f"{generation}, by the checkpoint's draft tensors", key=GENERATION_KEY
             )
         vocabulary = read_vocabulary(self._checkpoint, in_config.n_vocab)
         if vocabulary is None:

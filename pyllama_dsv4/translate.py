@@ -27,7 +27,6 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
-from .convert.metadata import GENERATION_KEY
 from .convert.template import Generation, chat_template
 from .convert.writer import (
     Job,
@@ -42,6 +41,7 @@ from .convert.writer import (
     write_tensors,
 )
 from .errors import ArgumentError, DiskFullError, FormatError
+from .formats import generation_of_file
 from .gguf_file import ArrayValue, KeyValue
 from .gguf_types import F8_E4M3_B128, FILE_TYPES, FileType
 from .header import Header, HeaderReport, Tensor, check_header
@@ -347,8 +347,7 @@ class _Keys:
             return
         if own is not None and V4_TEMPLATE_MARK in str(own.value):
             return
-        entry = kv.get(GENERATION_KEY)
-        generation: Generation = "0731" if entry is not None and entry.value == "0731" else "preview"
+        generation: Generation = "0731" if generation_of_file(self._header) == "0731" else "preview"
         self.replace(MetadataEntry(_TEMPLATE, "str", chat_template(generation)), is_recorded=True)
 
     def _undo(self, to: Target) -> None:
