@@ -152,7 +152,7 @@ def verify(
             comparison = stack.enter_context(Comparison(header, report, os.fspath(against), findings))
             notes += comparison.notes
         for i, shard in enumerate(header.shards):
-            _check_padding(reader, i, shard, findings)
+            _check_padding(reader, i, shard.infos_end, shard.data_start, None, findings)
         work = _Work(reader, comparison, report, findings, has_sums=bool(manifest or wanted))
         start_s = time.monotonic()
         work.run(min(n_threads, MAX_THREADS), progress)
@@ -241,33 +241,31 @@ def _check_trailing(header: Header, findings: Findings) -> None:
             )
 
 
-def _check_padding(reader: DataReader, i_shard: int, shard: GGUFFile, findings: Findings) -> None:
-    gaps = [("the header", shard.infos_end, shard.data_start)]
-    gaps += [
-        (t.name, t.start + t.n_bytes, t.start + t.n_bytes + (-t.n_bytes) % shard.alignment)
-        for t in reader.header.tensors
-        if t.shard == i_shard
-    ]
-    for name, start, end in gaps:
-        end = min(end, shard.size)  # the last tensor's may be missing
-        if end <= start:
-            continue
-        data = reader.read(i_shard, start, end - start)
-        if data.any():
-            at = int((data != 0).argmax())
-            findings.add(
-                Finding(
-                    "padding",
-                    "error",
-                    shard.path,
-                    tensor=None if start == shard.infos_end else name,
-                    offset=start + at,
-                    where=f"padding behind {name}",
-                    found=f"byte {int(data[at])}",
-                    expected="0",
-                    n=int((data != 0).sum()),
-                )
+def _check_padding(
+    reader: DataReader, i_shard: int, start: int, end: int, tensor: str | None, findings: Findings
+) -> None:
+    """Report bytes that are not zero behind a tensor, or behind the header if it is None."""
+    path = reader.header.shards[i_shard].path
+    end = min(end, reader.header.shards[i_shard].size)  # the last tensor's padding may be missing
+    if end <= start:
+        return
+    is_set = reader.read(i_shard, start, end - start, tensor=tensor) != 0
+    if is_set.any():
+        at = int(is_set.argmax())
+        byte = int(reader.read(i_shard, start + at, 1, tensor=tensor)[0])
+        findings.add(
+            Finding(
+                "padding",
+                "error",
+                path,
+                tensor=tensor,
+                offset=start + at,
+                where=f"padding behind the {'header' if tensor is None else 'tensor'}",
+                found=f"byte {byte}",
+                expected="0",
+                n=int(is_set.sum()),
             )
+        )
 
 
 def _header_sum(reader: DataReader, i_shard: int, shard: GGUFFile) -> str:
@@ -376,6 +374,9 @@ class _Work:
                 self._comparison.compare(pair, data, start, matrix, row)
             self._events.put((n_bytes, tensor.name))
         checker.finish()
+        end = tensor.start + tensor.n_bytes
+        padded = end + (-tensor.n_bytes) % self._header.shards[tensor.shard].alignment
+        _check_padding(self._reader, tensor.shard, end, padded, tensor.name, self._findings)
         if sum_ is not None:
             self.sums[tensor.name] = sum_.hexdigest()
 

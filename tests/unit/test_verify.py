@@ -742,3 +742,96 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 300
+
+
+# --- whatever happens to a file ---------------------------------------------------------------------------
+
+
+def test_every_flipped_bit_is_found(original: Path, source: Path, tmp_path: Path) -> None:
+    """One bit anywhere in the file: the sums find all of them, the checkpoint all that lie in tensors or padding."""
+    sums = tmp_path / "sums.json"
+    verify(original, manifest=sums)
+    raw = original.read_bytes()
+    header = read_header(original)
+    rng = np.random.default_rng(8)
+    places = [int(i) for i in rng.integers(0, len(raw), 60)]
+    places += [int(i) for i in rng.integers(0, header.data_start, 60)]
+    # small tensors and the padding behind them, which random places rarely hit
+    small = [t for t in header.tensors if t.n_bytes % 32]
+    places += [t.start + int(i) for t in small[:20] for i in rng.integers(0, t.n_bytes + 20, 2)]
+    path = tmp_path / "x.gguf"
+    path.write_bytes(raw)
+    n_unreadable = 0
+    with path.open("r+b") as file:
+        for at in places:
+            changed = raw[at] ^ (1 << int(rng.integers(8)))
+            file.seek(at)
+            file.write(bytes([changed]))
+            file.flush()
+            try:
+                report = verify(path, check_manifest=sums, against=source)
+                assert not report.ok, at
+                if at >= header.data_start:
+                    assert any(f.check in ("differs", "padding") for f in report.findings), at
+            except FormatError:
+                n_unreadable += 1
+                assert at < header.data_start
+            file.seek(at)
+            file.write(raw[at : at + 1])
+            file.flush()
+    assert 5 < n_unreadable < 60  # most of the header is text that can still be read
+
+
+def test_damage_never_ends_in_another_error(original: Path, tmp_path: Path) -> None:
+    """Random garbage over random places, and random lengths: a report or a named error, nothing else."""
+    raw = original.read_bytes()
+    start = read_header(original).data_start
+    rng = np.random.default_rng(9)
+    path = tmp_path / "x.gguf"
+    n_reports = 0
+    for i in range(150):
+        data = bytearray(raw)
+        for _ in range(int(rng.integers(1, 4))):
+            # half of the damage hits the header, which is 0.3 % of the file
+            at = int(rng.integers(0, start if i % 2 else len(raw)))
+            n = int(rng.integers(1, 5 if i % 2 else 3000))
+            data[at : at + n] = rng.integers(0, 256, n, np.uint8).tobytes()[: len(data) - at]
+        if i % 5 == 0:
+            del data[int(rng.integers(0, len(data))) :]
+        path.write_bytes(data)
+        try:
+            report = verify(path)
+            str([str(finding) for finding in report.findings])
+            json.dumps(report.to_json())
+            n_reports += 1
+        except (FormatError, ModelFileError):
+            pass
+    assert n_reports > 50
+
+
+def test_a_file_that_shrinks_meanwhile(path: Path) -> None:
+    def cut(done: int, _total: int, _tensor: str) -> None:
+        if done < 300_000:
+            os.truncate(path, 1_000_000)
+
+    with pytest.raises(FormatError, match="ends where it should have data") as error:
+        verify(path, n_threads=1, progress=cut)
+    assert error.value.tensor is not None
+
+
+def test_read_errors_are_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+
+    real = os.preadv
+
+    def broken(fd: int, buffers: Any, offset: int) -> int:
+        if offset > 2_000_000:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(ModelFileError, match="Input/output error at byte") as error:
+        verify(path)
+    assert error.value.path == str(path)
+    assert error.value.tensor is not None
+    assert "disk may be damaged" in str(error.value)
