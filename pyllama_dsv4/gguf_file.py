@@ -56,6 +56,10 @@ _LENGTH_BYTES: Final = 8  # in front of every string
 _CHUNK: Final = 1 << 20
 _RESUME: Final = "The file is damaged or its download was interrupted; fetch it again."
 _DAMAGED: Final = "The file is damaged; fetch or convert it again."
+_FOREIGN: Final = (
+    "The file is damaged, or made for an engine with types of its own: some DeepSeek-V4 files keep their FP8"
+    " codes that way; use the software that made it."
+)
 
 
 class ValueType(IntEnum):
@@ -344,6 +348,7 @@ class _Parser:
         key: str | None = None,
         found: object = None,
         expected: object = None,
+        hint: str = _DAMAGED,
     ) -> FormatError:
         return FormatError(
             attempted,
@@ -352,7 +357,7 @@ class _Parser:
             key=key or None,
             found=found,
             expected=expected,
-            hint=_DAMAGED,
+            hint=hint,
         )
 
     # the parse
@@ -568,6 +573,7 @@ class _Parser:
                 tensor=name,
                 found=f"type id {type_id}",
                 expected="a known type id",
+                hint=_FOREIGN,
             )
         if dims[0] % type_.block != 0:
             raise self._error(

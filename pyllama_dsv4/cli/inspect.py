@@ -56,7 +56,7 @@ def inspect(
       pyllama-dsv4 inspect flash.gguf --json
       pyllama-dsv4 inspect flash.gguf --tensors blk.0.
       pyllama-dsv4 inspect flash.gguf --tensors '*.attn_q_?.weight'
-      pyllama-dsv4 inspect flash.gguf --histogram blk.0.attn_q_a.weight --plot q_a.png
+      pyllama-dsv4 inspect flash.gguf --histogram output.weight --plot out.png
     """
     if histogram_of is not None:
         _show_histogram(file, histogram_of, plot, as_json=as_json)

@@ -22,8 +22,8 @@ OUTPUT = "Output"
 @click.command(
     cls=Command,
     examples=(
-        "pyllama-dsv4 translate flash-native.gguf flash-q8.gguf --to upstream --dense q8_0",
-        "pyllama-dsv4 translate flash-upstream.gguf flash-native.gguf --to native",
+        "pyllama-dsv4 translate flash.gguf flash-q8.gguf --to upstream --dense q8_0",
+        "pyllama-dsv4 translate flash-q8.gguf native.gguf --to native",
     ),
 )
 @click.argument("infile", metavar="IN", type=click.Path(path_type=Path))
