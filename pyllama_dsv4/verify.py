@@ -28,6 +28,7 @@ from typing import Any, Final
 from .checkpoint_compare import Comparison, Pair
 from .errors import ArgumentError, CancelledError, FormatError
 from .findings import CHECKS, Finding, Findings
+from .formats import form_of
 from .gguf_file import GGUFFile, ValueType
 from .header import Header, HeaderReport, Tensor, check_header, read_header
 from .manifest import (
@@ -144,7 +145,7 @@ def verify(
     header = read_header(path)
     findings = Findings()
     notes: list[str] = []
-    report = _check_structure(header, findings)
+    report = _check_structure(header, findings, notes)
     with ExitStack() as stack:
         reader = stack.enter_context(DataReader(header))
         comparison = None
@@ -184,8 +185,11 @@ def verify(
 # --- structure ------------------------------------------------------------------------------------------
 
 
-def _check_structure(header: Header, findings: Findings) -> HeaderReport | None:
-    """Report what a load would refuse; return the header's check where there is nothing."""
+def _check_structure(header: Header, findings: Findings, notes: list[str]) -> HeaderReport | None:
+    """Report what a load would refuse; return the header's check where there is nothing.
+
+    Files of a known form that is not run here, such as draft models, are refused by every load and may be sound.
+    """
     n_truncated = 0
     for tensor in header.tensors:
         shard = header.shards[tensor.shard]
@@ -209,6 +213,13 @@ def _check_structure(header: Header, findings: Findings) -> HeaderReport | None:
     try:
         return check_header(header, any_architecture=True)
     except FormatError as error:
+        form = form_of(header)
+        if form is not None and not form.is_runnable:
+            notes.append(
+                f"the file is of the form {form.name} ({form.description}), which this package does not run:"
+                " its keys and its list of tensors were not checked"
+            )
+            return None
         findings.add(
             Finding(
                 "header",

@@ -373,6 +373,18 @@ def test_what_a_load_refuses(tmp_path: Path, model: Gguf, subject: str, words: s
     assert not report.ok
 
 
+def test_forms_that_do_not_run_may_be_sound(tmp_path: Path) -> None:
+    """Values and padding are checked; what a load misses is a note, not damage."""
+    model = native_v4()
+    model.tensors = [t for t in model.tensors if "_exps." not in str(t.name)]
+    path = model.write(tmp_path / "x.gguf")
+    report = verify(path)
+    assert "header" not in {f.check for f in report.findings}
+    assert any("form native-dense" in note for note in report.notes)
+    at = change_bytes(path, F8, 129 * 200, b"\xff")
+    assert ("scale_nan", at) in {(f.check, f.offset) for f in verify(path).findings}
+
+
 def test_what_cannot_be_read_is_an_error(path: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError):
         verify(tmp_path / "absent.gguf")
