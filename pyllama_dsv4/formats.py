@@ -139,12 +139,23 @@ def engines(report: HeaderReport, refusal: str | None = None) -> list[Engine]:
         ("ds4", _ds4),
         ("the fork that wrote native files", _fork),
     )
-    own = refusal is None and report.header.dialect != "mixed"
-    verdicts = [Engine("pyllama-dsv4", own, () if refusal is None else (refusal,))]
+    verdicts = [_own(report, refusal)]
     for name, judge in judges:
         opens, why = judge(report)
         verdicts.append(Engine(name, opens, tuple(why)))
     return verdicts
+
+
+def _own(report: HeaderReport, refusal: str | None) -> Engine:
+    name = "pyllama-dsv4"
+    form = form_of(report.header)
+    if refusal is not None:
+        return Engine(name, False, (refusal,))
+    if form is not None and not form.is_runnable:
+        return Engine(name, False, ("it does not run this form by itself",))
+    if report.hparams is None:
+        return Engine(name, None, ("another model: it opens those that the pinned llama.cpp has",))
+    return Engine(name, True, ())
 
 
 def _stock(report: HeaderReport) -> tuple[bool | None, list[str]]:
@@ -159,7 +170,7 @@ def _stock(report: HeaderReport) -> tuple[bool | None, list[str]]:
         key = next(iter(report.derived_keys))
         why.append(f"{len(report.derived_keys)} keys are absent, such as '{key}'")
     if why:
-        if header.dialect in ("native", "upstream"):
+        if report.hparams is not None:
             dense = " --dense q8_0" if clash is not None else ""
             why.append(f"pyllama-dsv4 translate --to upstream{dense} makes a file that it opens")
         return False, why

@@ -66,9 +66,11 @@ def test_forms(tmp_path: Path, model: Gguf, name: str | None) -> None:
     if form is not None and form.is_runnable:
         assert info["engines"][0]["opens"] is True
         assert check_header(path).hparams is not None
-    if name in ("native-dense", "upstream-mtp"):
+    elif form is not None:
         assert info["engines"][0]["opens"] is False
         assert info["engines"][0]["why"]
+    else:
+        assert info["engines"][0]["opens"] is None  # another model
 
 
 def test_every_form_is_tested() -> None:
@@ -151,7 +153,17 @@ def test_fp8_as_the_last_tensor_only(tmp_path: Path) -> None:
 
 def test_other_models_are_not_judged(tmp_path: Path) -> None:
     found = verdicts(of_architecture("llama").write(tmp_path / "x.gguf"))
-    assert [found[name].opens for name in ("llama.cpp, stock", "ds4")] == [None, None]
+    assert [found[name].opens for name in ("pyllama-dsv4", "llama.cpp, stock", "ds4")] == [None] * 3
+
+
+def test_what_cannot_be_translated_is_not_promised(tmp_path: Path) -> None:
+    """FP8 in a form that does not run: stock refuses it, and translate would too."""
+    model = with_mtp()
+    model.change("blk.0.attn_q_a.weight", kind=42)
+    info = inspect_file(model.write(tmp_path / "x.gguf"))
+    stock = next(engine for engine in info["engines"] if engine["engine"] == "llama.cpp, stock")
+    assert stock["opens"] is False
+    assert not any("translate" in reason for reason in stock["why"])
 
 
 def test_a_refusal_is_the_reason(tmp_path: Path) -> None:
