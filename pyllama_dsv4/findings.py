@@ -24,7 +24,8 @@ CHECKS: Final[dict[str, str]] = {
     "scale_zero": "no scale byte is 0, 2^-127 (FP8, MXFP4; warning)",
     "code_nan": "no code is NaN, 0x7f or 0xff (FP8)",
     "tile": "the 128 rows of a 128x128 tile share their scale (FP8)",
-    "hole": "no run of zeros as long as a disk page in quantised weights, no tensor of zeros",
+    "hole": "no run of zeros as long as a disk page in quantised weights, no tensor of zeros"
+    " (other models, or with a checkpoint: warning)",
     "zeros": "no run of zeros as long as a disk page in other weights (warning)",
     "not_finite": "no infinity and no NaN (F32, F16, BF16, scales of Q8_0)",
     "expert_id": "the routing table names experts that exist",

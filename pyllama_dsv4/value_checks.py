@@ -57,13 +57,23 @@ class ValueChecker:
         path: Its file.
         n_expert: Routed experts of the model; None if it has none.
         findings: Where to report to.
+        holes: How bad long runs of zeros are: DeepSeek-V4's weights have none, other models' may.
     """
 
-    def __init__(self, tensor: Tensor, path: str, n_expert: int | None, findings: Findings) -> None:
+    def __init__(
+        self,
+        tensor: Tensor,
+        path: str,
+        n_expert: int | None,
+        findings: Findings,
+        *,
+        holes: Severity = "error",
+    ) -> None:
         self._tensor = tensor
         self._path = path
         self._n_expert = n_expert
         self._findings = findings
+        self._holes: Severity = holes
         self._is_all_zero = True
         self._zeros_start = -1
         self._n_zeros = 0
@@ -100,7 +110,7 @@ class ValueChecker:
                 "nothing but zeros" if self._is_all_zero else f"{HOLE_BYTES:,} zeros or more in a row",
                 "weights; an interrupted download leaves such holes",
                 n=self._n_zeros,
-                severity="error" if self._is_all_zero else "warning",
+                severity=self._holes if self._is_all_zero else "warning",
             )
         if self._first_bad_tile is None:
             return
@@ -171,6 +181,7 @@ class ValueChecker:
                 f"{HOLE_BYTES:,} zeros or more in a row",
                 "weights; an interrupted download leaves such holes",
                 n=n,
+                severity=self._holes,
             )
         at = start + i_zero * size
         is_empty = not data[i_zero * size : (i_zero + 1) * size].any()

@@ -240,6 +240,26 @@ def test_a_hole_in_quantised_weights(path: Path, name: str) -> None:
     assert finding.n in (1, 2)
 
 
+def test_zeros_of_the_checkpoint_are_no_damage(source: Path, path: Path, tmp_path: Path) -> None:
+    """A hole that is in the checkpoint too is worth a look only; other models may have rows of zeros anyway."""
+    folder = Path(shutil.copytree(source, tmp_path / "c"))
+    with Checkpoint(folder) as checkpoint:
+        shard = checkpoint.shards.index(checkpoint.tensors["head.weight"].path)
+    rewrite(folder, lambda t: t["head.weight"][1].fill(0), shard=shard)
+    size = 2 * 256 * 512
+    change_bytes(path, HEAD, 0, bytes(size))
+    assert not verify(path).ok
+    report = verify(path, against=folder)
+    assert report.ok
+    assert [(f.check, f.severity) for f in report.findings] == [("hole", "warning")]
+    assert not verify(path, against=source).ok
+    model = Gguf(
+        [("general.architecture", "str", "llama")], [Tensor("a", (4096, 8), 42), Tensor("b", (8,), 0)]
+    )
+    report = verify(model.write(tmp_path / "other.gguf"))
+    assert (report.ok, {f.check for f in report.findings}) == (True, {"hole", "scale_zero"})
+
+
 def test_holes_in_plain_weights(path: Path) -> None:
     start = change_bytes(path, HEAD, 40000, bytes(20000))
     report = verify(path)
