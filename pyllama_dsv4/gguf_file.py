@@ -56,6 +56,10 @@ _LENGTH_BYTES: Final = 8  # in front of every string
 _CHUNK: Final = 1 << 20
 _RESUME: Final = "The file is damaged or its download was interrupted; fetch it again."
 _DAMAGED: Final = "The file is damaged; fetch or convert it again."
+_FOREIGN: Final = (
+    "The file is damaged, or made for an engine with types of its own: some DeepSeek-V4 files keep their FP8"
+    " codes that way; use the software that made it."
+)
 
 
 class ValueType(IntEnum):
@@ -187,6 +191,8 @@ class GGUFFile:
         kv: Metadata by key, in file order.
         alignment: ``general.alignment``, or 32.
         data_start: Offset of the data section.
+        infos_end: Where the tensor infos end; zeros pad from there to the data section.
+        kv_spans: First byte and end of each metadata entry, key, type and value together.
         tensors: Tensor infos in file order; offsets are relative to ``data_start``.
         types: The type of each tensor, type 42 resolved.
         type42: How each tensor of type 42 was resolved, by index.
@@ -198,6 +204,8 @@ class GGUFFile:
     kv: dict[str, KeyValue]
     alignment: int
     data_start: int
+    infos_end: int
+    kv_spans: dict[str, tuple[int, int]]
     tensors: tuple[TensorInfo, ...]
     types: tuple[FileType, ...]
     type42: dict[int, Type42] = field(default_factory=dict)
@@ -275,6 +283,7 @@ class _Parser:
         self._chunk = b""
         self._chunk_start = 0
         self._pos = 0
+        self._kv_spans: dict[str, tuple[int, int]] = {}
 
     # bytes
 
@@ -339,6 +348,7 @@ class _Parser:
         key: str | None = None,
         found: object = None,
         expected: object = None,
+        hint: str = _DAMAGED,
     ) -> FormatError:
         return FormatError(
             attempted,
@@ -347,7 +357,7 @@ class _Parser:
             key=key or None,
             found=found,
             expected=expected,
-            hint=_DAMAGED,
+            hint=hint,
         )
 
     # the parse
@@ -357,6 +367,7 @@ class _Parser:
         kv = self._metadata(n_keys)
         alignment = self._alignment(kv)
         tensors = self._tensor_infos(n_tensors)
+        infos_end = self._pos
         if n_tensors > 0:
             padding = -self._pos % alignment
             self._skip(padding, "the padding before the data section")
@@ -376,6 +387,8 @@ class _Parser:
             kv=kv,
             alignment=alignment,
             data_start=data_start,
+            infos_end=infos_end,
+            kv_spans=self._kv_spans,
             tensors=tuple(tensors),
             types=types,
             type42=type42,
@@ -430,6 +443,7 @@ class _Parser:
         kv: dict[str, KeyValue] = {}
         seen: set[bytes] = set()
         for i in range(n):
+            start = self._pos
             raw = self._string(f"the name of metadata key {i}")
             if not raw:
                 raise self._error(f"the name of metadata key {i} is empty")
@@ -440,6 +454,7 @@ class _Parser:
             value = self._value(key)
             # the engine looks keys up as C strings and takes the first match
             kv.setdefault(key, value)
+            self._kv_spans.setdefault(key, (start, self._pos))
         return kv
 
     def _value(self, key: str) -> KeyValue:
@@ -558,6 +573,7 @@ class _Parser:
                 tensor=name,
                 found=f"type id {type_id}",
                 expected="a known type id",
+                hint=_FOREIGN,
             )
         if dims[0] % type_.block != 0:
             raise self._error(

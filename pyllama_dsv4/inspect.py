@@ -12,16 +12,18 @@ from dataclasses import asdict
 from fnmatch import fnmatchcase
 from typing import Any, Final
 
+from .errors import FormatError
+from .formats import engines, form_of, generation_of_file
 from .gguf_file import ArrayValue, KeyValue, ValueType
 from .gguf_types import TYPE_42
-from .header import Header, HeaderReport, Tensor, check_header
+from .header import Header, HeaderReport, Tensor, check_header, read_header
 
 __all__ = ["describe", "inspect_file"]
 
 _FILE_TYPE_41: Final = {"F8_E4M3_B128": "MOSTLY_F8_E4M3_MXFP4", "Q2_0": "MOSTLY_Q2_0"}
 """``general.file_type`` 41 has two meanings; the one of type 42 in the same file tells which."""
 
-_V4_TEMPLATE_MARK: Final = "dsml_token"
+V4_TEMPLATE_MARK: Final = "dsml_token"
 """In every chat template of DeepSeek-V4, and what the engine selects its tool-call parser by."""
 
 
@@ -40,11 +42,25 @@ def inspect_file(path: str | os.PathLike[str], *, tensors: str | None = None) ->
         ModelFileError: The file cannot be read.
         FormatError: Or a subclass: as ``header.check_header``.
     """
-    return describe(check_header(path, any_architecture=True), tensors=tensors)
+    header = read_header(path)
+    try:
+        return describe(check_header(header, any_architecture=True), tensors=tensors)
+    except FormatError as error:
+        form = form_of(header)
+        if form is None or form.is_runnable:
+            raise  # damage, not a form of its own
+        return describe(HeaderReport(header, None, {}), tensors=tensors, refusal=str(error))
 
 
-def describe(report: HeaderReport, *, tensors: str | None = None) -> dict[str, Any]:
-    """Describe a checked file.
+def describe(
+    report: HeaderReport, *, tensors: str | None = None, refusal: str | None = None
+) -> dict[str, Any]:
+    """Describe a checked file, or one of a known form that this package does not run.
+
+    Args:
+        report: The header's check; one without hyper-parameters if the file was refused.
+        tensors: As for ``inspect_file``.
+        refusal: Why the file was refused.
 
     Returns:
         A dictionary of JSON types. Sizes are in bytes. Keys:
@@ -52,6 +68,9 @@ def describe(report: HeaderReport, *, tensors: str | None = None) -> dict[str, A
         - ``path``, ``n_file_bytes``, ``shards`` (``path``, ``n_bytes``), ``gguf_version``, ``alignment``,
           ``data_start``, ``n_trailing_bytes`` (behind the last tensor of any shard)
         - ``architecture``, ``name``, ``dialect`` (native, upstream, other), ``context_length``
+        - ``form``: ``name``, ``description``, ``is_runnable`` of a known form of DeepSeek-V4 (``formats.FORMS``),
+          None for other models; ``generation``: ``preview`` or ``0731``, None for other models
+        - ``engines``: ``engine``, ``opens`` (None: not known), ``why``
         - ``file_type``, ``file_type_name`` (where it is known)
         - ``n_tensors``, ``n_params``, ``n_tensor_bytes``
         - ``types``: by bytes, the largest first: ``name``, ``id`` (as in the file), ``n_tensors``, ``n_params``,
@@ -78,6 +97,9 @@ def describe(report: HeaderReport, *, tensors: str | None = None) -> dict[str, A
         "architecture": header.architecture,
         "name": _value(header, "general.name", ValueType.STR),
         "dialect": report.dialect,
+        "form": None if (form := form_of(header)) is None else form._asdict(),
+        "generation": generation_of_file(header),
+        "engines": [engine.to_json() for engine in engines(report, refusal)],
         "context_length": _value(header, f"{header.architecture}.context_length", ValueType.U32),
         "file_type": _value(header, "general.file_type", ValueType.U32),
         "file_type_name": _file_type_name(header),
@@ -167,12 +189,13 @@ def _n_tokens(entry: KeyValue | None) -> int | None:
 
 def _chat_template(report: HeaderReport) -> dict[str, Any]:
     text = _value(report.header, "tokenizer.chat_template", ValueType.STR)
-    is_v4 = text is not None and _V4_TEMPLATE_MARK in text
+    is_v4 = text is not None and V4_TEMPLATE_MARK in text
+    has_place = text is not None or "tokenizer.ggml.tokens" in report.header.kv
     return {
         "is_present": text is not None,
         "n_chars": None if text is None else len(text),
         "is_v4": is_v4,
-        "is_replaced": report.dialect == "native" and not is_v4,
+        "is_replaced": report.dialect == "native" and not is_v4 and has_place,
     }
 
 

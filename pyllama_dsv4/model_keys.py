@@ -14,16 +14,14 @@ from typing import Any, Final, NamedTuple
 
 from .errors import FormatError, MissingKeyError, MissingTensorError, TensorShapeError, UnsupportedModelError
 from .gguf_file import KeyValue, ValueType
-from .tensors import ARCHITECTURE, RATIOS, HParams, native_to_upstream
+from .tensors import ARCHITECTURE, MAX_EXPERTS, MAX_LAYERS, RATIOS, HParams, native_to_upstream
 
 __all__ = ["Dims", "ModelKeys", "read_model_keys"]
 
 Dims = Mapping[str, tuple[int, ...]]
 """Dimensions of a file's tensors by name as spelled in the file, ne0 first."""
 
-# limits of the engine's fixed arrays; beyond them it would stop the process
-_MAX_LAYERS: Final = 512
-_MAX_EXPERTS: Final = 1024
+# beyond this the engine would stop the process
 _MAX_SINKHORN: Final = 64
 _MIN_HADAMARD: Final = 64  # indexer rows are rotated in pieces of this size or its multiples by 2
 _INT32_MAX: Final = 2**31 - 1
@@ -87,7 +85,7 @@ def read_model_keys(kv: Mapping[str, KeyValue], dims: Dims, *, path: str | None 
 
 
 def _read(k: _Keys, d: _Deriver) -> ModelKeys:
-    n_layer = k.u32("block_count", 1, _MAX_LAYERS)
+    n_layer = k.u32("block_count", 1, MAX_LAYERS)
     n_ctx_train = k.u32("context_length", 1)
     n_embd = k.u32("embedding_length", 1, _INT32_MAX)
     n_head = k.u32_per_layer("attention.head_count", n_layer, 1, _INT32_MAX)
@@ -95,7 +93,7 @@ def _read(k: _Keys, d: _Deriver) -> ModelKeys:
     yarn = _read_rope_scaling(k, d)
     rope_theta = k.f32("rope.freq_base", minimum=0.0, is_open=True, default=_ROPE_FREQ_BASE)
     rms_eps = k.f32("attention.layer_norm_rms_epsilon", minimum=0.0)
-    n_expert_used = k.u32_per_layer("expert_used_count", n_layer, 1, _MAX_EXPERTS)
+    n_expert_used = k.u32_per_layer("expert_used_count", n_layer, 1, MAX_EXPERTS)
     # upstream's defaults for these three would be other numbers than V4's: fluent, wrong text
     head_dim = k.u32("attention.key_length", 1, _INT32_MAX)
     k.u32("attention.value_length", head_dim, head_dim)
@@ -109,8 +107,8 @@ def _read(k: _Keys, d: _Deriver) -> ModelKeys:
     n_swa = k.u32("attention.sliding_window", 1, _INT32_MAX)
     freq_base_swa = k.f32("rope.freq_base_swa", minimum=0.0, is_open=True, default=_COMPRESS_ROPE_FREQ_BASE)
     n_ff_exp = k.u32_per_layer("expert_feed_forward_length", n_layer, 1, _INT32_MAX)
-    n_expert = k.u32("expert_count", n_expert_used, _MAX_EXPERTS)
-    n_expert_shared = k.u32("expert_shared_count", 1, _MAX_EXPERTS)
+    n_expert = k.u32("expert_count", n_expert_used, MAX_EXPERTS)
+    n_expert_shared = k.u32("expert_shared_count", 1, MAX_EXPERTS)
     expert_weights_scale = k.f32("expert_weights_scale")
     k.boolean("expert_weights_norm")
     swiglu_limits = k.f32_per_layer("swiglu_clamp_exp", n_layer)
@@ -228,8 +226,8 @@ def _read_ratios(k: _Keys, d: _Deriver, n_layer: int) -> tuple[int, ...]:
     if d.derives(key):
         return tuple(d.add(key, [d.ratio(il, key) for il in range(n_layer)]))
     ratios = list(k.array(key, ValueType.I32, ValueType.U32))
-    if not n_layer <= len(ratios) <= _MAX_LAYERS:
-        raise k.bad_value(key, f"{len(ratios)} entries", f"{n_layer} to {_MAX_LAYERS}")
+    if not n_layer <= len(ratios) <= MAX_LAYERS:
+        raise k.bad_value(key, f"{len(ratios)} entries", f"{n_layer} to {MAX_LAYERS}")
     for il, ratio in enumerate(ratios[:n_layer]):
         if ratio not in RATIOS:
             raise k.bad_value(key, f"{ratio} for layer {il}", "0, 4 or 128")

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 __all__ = [
     "ARCHITECTURE",
     "KIND_TYPES",
+    "MAX_EXPERTS",
+    "MAX_LAYERS",
     "HParams",
     "Kind",
     "TensorSpec",
@@ -160,9 +162,9 @@ _HF_FLOATS: Final = (
 
 _INT32_MAX: Final = 2**31 - 1
 _FLOAT32_MAX: Final = 3.4e38
-# limits of the engine's fixed arrays
-_MAX_LAYERS: Final = 512
-_MAX_EXPERTS: Final = 1024
+# limits of the engine's fixed arrays; beyond them it would stop the process
+MAX_LAYERS: Final = 512
+MAX_EXPERTS: Final = 1024
 
 
 class _HfConfig:
@@ -243,8 +245,8 @@ def _hparams_from_hf_config(c: _HfConfig) -> HParams:
             hp.n_hash_layer <= hp.n_layer,
             f"at most {hp.n_layer}, the layers",
         ),
-        ("num_hidden_layers", hp.n_layer, hp.n_layer <= _MAX_LAYERS, f"at most {_MAX_LAYERS}"),
-        ("n_routed_experts", hp.n_expert, hp.n_expert <= _MAX_EXPERTS, f"at most {_MAX_EXPERTS}"),
+        ("num_hidden_layers", hp.n_layer, hp.n_layer <= MAX_LAYERS, f"at most {MAX_LAYERS}"),
+        ("n_routed_experts", hp.n_expert, hp.n_expert <= MAX_EXPERTS, f"at most {MAX_EXPERTS}"),
         ("num_experts_per_tok", hp.n_expert_used, hp.n_expert_used <= hp.n_expert, f"at most {hp.n_expert}"),
         ("qk_rope_head_dim", hp.n_rot, hp.n_rot < hp.head_dim, f"less than head_dim, {hp.head_dim}"),
         ("o_groups", hp.o_groups, hp.n_head % hp.o_groups == 0, f"a divisor of the {hp.n_head} heads"),

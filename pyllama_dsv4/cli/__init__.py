@@ -36,6 +36,8 @@ _COMMANDS: Final = {
         ),
         "convert": ("pyllama_dsv4.cli.convert", "Convert a checkpoint to a native GGUF file."),
         "restore": ("pyllama_dsv4.cli.restore", "Rebuild a checkpoint from its native GGUF file."),
+        "verify": ("pyllama_dsv4.cli.verify", "Check every byte of a model file."),
+        "translate": ("pyllama_dsv4.cli.translate", "Rewrite a model file for other engines."),
         "quantize": ("pyllama_dsv4.cli.quantize", "Write a model in another type."),
     },
     "Proof": {

@@ -29,11 +29,26 @@ N_DERIVED_ITEMS: Final = 8
     metavar="[PATTERN]",
     help="List tensors: all, those whose name contains PATTERN, or matches it if it has * ? or [].",
 )
-def inspect(file: Path, as_json: bool, tensors: str | None) -> None:
+@click.option(
+    "--histogram",
+    "histogram_of",
+    metavar="TENSOR",
+    help="Count scales and codes of one tensor; reads its data.",
+)
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="NAME.png",
+    help="Draw the histogram into a picture; needs matplotlib.",
+)
+def inspect(
+    file: Path, as_json: bool, tensors: str | None, histogram_of: str | None, plot: Path | None
+) -> None:
     """Show what a GGUF file contains, without loading it.
 
     FILE is a GGUF file, or the first shard of a split model. Its header is checked as before a load: what a load
-    would refuse ends in a message that names the tensor or key, and exit code 3. Tensor data is not read.
+    would refuse ends in a message that names the tensor or key, and exit code 3. Known forms of DeepSeek-V4
+    that this package does not run are described all the same. Tensor data is read for --histogram only.
 
     \b
     Examples:
@@ -41,7 +56,13 @@ def inspect(file: Path, as_json: bool, tensors: str | None) -> None:
       pyllama-dsv4 inspect flash.gguf --json
       pyllama-dsv4 inspect flash.gguf --tensors blk.0.
       pyllama-dsv4 inspect flash.gguf --tensors '*.attn_q_?.weight'
+      pyllama-dsv4 inspect flash.gguf --histogram output.weight --plot out.png
     """
+    if histogram_of is not None:
+        _show_histogram(file, histogram_of, plot, as_json=as_json)
+        return
+    if plot is not None:
+        raise click.UsageError("--plot draws a histogram: say of which tensor with --histogram TENSOR.")
     info = inspect_file(file, tensors=tensors)
     if as_json:
         click.echo(json.dumps(info, indent=2))
@@ -53,6 +74,20 @@ def inspect(file: Path, as_json: bool, tensors: str | None) -> None:
         click.echo("\n\n".join(_plain(table) for table in tables))
 
 
+def _show_histogram(file: Path, tensor: str, plot: Path | None, *, as_json: bool) -> None:
+    from pyllama_dsv4 import histogram
+
+    counts = histogram.histogram(file, tensor)
+    if plot is not None:
+        histogram.plot(counts, plot)
+    if as_json:
+        click.echo(json.dumps(counts.to_json(), indent=2))
+    else:
+        click.echo("\n".join(_printable(line) for line in histogram.render_text(counts).splitlines()))
+        if plot is not None:
+            click.echo(f"\nwrote {_printable(str(plot))}")
+
+
 class _Table(NamedTuple):
     title: str
     columns: tuple[str, ...]  # a leading '>' right-aligns; all empty: no heading
@@ -60,7 +95,7 @@ class _Table(NamedTuple):
 
 
 def _tables(info: dict[str, Any]) -> list[_Table]:
-    tables = [_summary(info), _types(info)]
+    tables = [_summary(info), _engines(info["engines"]), _types(info)]
     if info["type_42"] is not None:
         tables.append(_type_42(info["type_42"]))
     if info["hparams"] is not None:
@@ -85,6 +120,7 @@ def _summary(info: dict[str, Any]) -> _Table:
             "dialect",
             info["dialect"] if info["dialect"] != "other" else "none (this package runs deepseek4 only)",
         ),
+        *_form(info),
         ("context length", _number(info["context_length"])),
         ("parameters", f"{info['n_params']:,} in {info['n_tensors']:,} tensors"),
         ("file type", _file_type(info)),
@@ -104,6 +140,25 @@ def _summary(info: dict[str, Any]) -> _Table:
     if info["n_trailing_bytes"]:
         rows.append(("unused", f"{info['n_trailing_bytes']:,} bytes behind the last tensor"))
     return _Table(_text(info["name"], "(no name)"), ("", ""), rows)
+
+
+def _form(info: dict[str, Any]) -> list[tuple[str, str]]:
+    form = info["form"]
+    if form is None:
+        return []
+    runs = "" if form["is_runnable"] else "; this package does not run it"
+    rows = [("form", f"{form['name']}: {form['description']}{runs}")]
+    return rows + ([("generation", info["generation"])] if info["generation"] is not None else [])
+
+
+def _engines(engines: Sequence[dict[str, Any]]) -> _Table:
+    words = {True: "opens it", False: "does not open it", None: "not known"}
+    rows = []
+    for engine in engines:
+        why = engine["why"] or [""]
+        rows.append((engine["engine"], words[engine["opens"]], why[0]))
+        rows += [("", "", reason) for reason in why[1:]]
+    return _Table("Engines", ("", "", ""), rows)
 
 
 def _types(info: dict[str, Any]) -> _Table:

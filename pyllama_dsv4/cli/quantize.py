@@ -8,7 +8,7 @@ from typing import Any, Final
 import click
 
 from .help import Command, option
-from .progress import progress
+from .progress import byte_progress
 from .terminal import Ui, clean
 
 __all__ = ["quantize"]
@@ -71,7 +71,7 @@ def quantize(
     from pyllama_dsv4.quantize import quantize as quantize_file
 
     ui = Ui(is_quiet=quiet)
-    with progress(ui, is_shown=not (quiet or dry_run)) as report:
+    with byte_progress(ui, is_shown=not (quiet or dry_run)) as report:
         result = quantize_file(
             infile,
             outfile,

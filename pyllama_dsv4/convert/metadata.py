@@ -14,6 +14,7 @@ from typing import Final
 
 from pyllama_dsv4.checkpoint import Checkpoint
 from pyllama_dsv4.errors import CheckpointError
+from pyllama_dsv4.formats import GENERATION_KEY
 from pyllama_dsv4.tensors import ARCHITECTURE, HParams, TensorSpec
 
 from .template import Generation
@@ -35,9 +36,6 @@ NATIVE_FILE_TYPE: Final = 41
 QUANTIZATION_VERSION: Final = 2
 GATING_SQRT_SOFTPLUS: Final = 4
 """``expert_gating_func``. Source: upstream ``src/llama-hparams.h:llama_expert_gating_func_type``."""
-
-GENERATION_KEY: Final = "pyllama_dsv4.generation"
-"""Which release the weights are of; absent means the preview."""
 
 _SAMPLING: Final[tuple[tuple[str, str, ValueType], ...]] = (
     ("top_k", "top_k", "i32"),

@@ -127,14 +127,16 @@ def lay_out(tensors: Iterable[tuple[str, tuple[int, ...], int, int]]) -> list[Ou
     return infos
 
 
-def header_bytes(metadata: Sequence[MetadataEntry], tensors: Sequence[OutputTensor]) -> bytes:
+def header_bytes(metadata: Sequence[MetadataEntry | bytes], tensors: Sequence[OutputTensor]) -> bytes:
     """Return the header of a GGUF v3 file, little endian, zero-padded up to the start of the data section.
+
+    Entries given as bytes are written as they are: key, type and value, out of another file.
 
     Source: ggml ``docs/gguf.md``; spec section 0.
     """
     parts = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]
     for kv in metadata:
-        parts += (_string(kv.key), _value(kv.type, kv.value))
+        parts += (kv,) if isinstance(kv, bytes) else (_string(kv.key), _value(kv.type, kv.value))
     for t in tensors:
         n_dims = len(t.dims)
         parts += (

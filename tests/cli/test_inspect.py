@@ -67,6 +67,9 @@ def test_json_of_a_native_file(path: Path) -> None:
         "architecture",
         "name",
         "dialect",
+        "form",
+        "generation",
+        "engines",
         "context_length",
         "file_type",
         "file_type_name",
@@ -159,6 +162,10 @@ def test_tables_of_a_native_file(path: Path) -> None:
     for line in (
         r"DeepSeek V4 Flash",
         r"  dialect +native",
+        r"  form +native: names of the fork .*",
+        r"  generation +preview",
+        r"  pyllama-dsv4 +opens it",
+        r"  llama\.cpp, stock +does not open it +it expects 'blk\.0\.attn_output_a\.weight' at offset .*",
         r"  context length +1,048,576",
         r"  file type +41, MOSTLY_F8_E4M3_MXFP4",
         r"  metadata +50 keys, 10 more derived",
@@ -288,6 +295,61 @@ def test_bad_files_are_named_errors(path: Path, change: Any, class_: type[Except
     result = CliRunner().invoke(inspect, [str(path)])
     assert type(result.exception) is class_
     assert result.stdout == ""
+
+
+def test_forms_that_do_not_run_are_described(path: Path) -> None:
+    """Known by name, with the reason; a damaged file of a form that runs still ends in an error."""
+    model = native_v4()
+    for part in ("gate", "up", "down"):
+        for il in range(6):
+            model.remove(f"blk.{il}.ffn_{part}_exps.weight")
+    info = json_of(model.write(path))
+    assert (info["form"]["name"], info["form"]["is_runnable"], info["hparams"]) == (
+        "native-dense",
+        False,
+        None,
+    )
+    assert info["engines"][0]["opens"] is False
+    assert "blk.0.ffn_down_exps.weight" in info["engines"][0]["why"][0]
+    text = run(path)
+    assert "this package does not run it" in text
+    assert "does not open it" in text
+    v4_1 = Gguf([("general.architecture", "str", "deepseek41")]).write(path)
+    assert "v4.1: DeepSeek-V4.1" in run(v4_1)
+
+
+def test_histograms(tmp_path: Path) -> None:
+    """As text, as JSON and as a picture of a plausible size; wrong names and uses are refused."""
+    pytest.importorskip("pyllama_dsv4._codec", reason="the codecs are not built")
+    matplotlib = pytest.importorskip("matplotlib")
+    del matplotlib
+    from pyllama_dsv4 import synth
+    from pyllama_dsv4.convert import convert
+
+    folder = synth.write_checkpoint(tmp_path / "c", seed=2)
+    model = convert(folder, tmp_path / "x.gguf").path
+    text = run(model, "--histogram", "blk.0.attn_kv.weight")
+    assert text.startswith("blk.0.attn_kv_latent.weight: F8_E4M3_B128, 256 x 128\n")
+    assert "256 scales" in text
+    picture = tmp_path / "x.png"
+    counts = json.loads(run(model, "--histogram", "blk.0.attn_kv.weight", "--plot", picture, "--json"))
+    assert sum(counts["scales"].values()) == 256
+    assert sum(counts["codes"].values()) == 32768
+    data = picture.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+    assert (width, height) == (1200, 816)
+    for args, code in (
+        (["--histogram", "nothing"], 2),
+        (["--plot", tmp_path / "y.png"], 2),
+        (["--histogram", "output.weight", "--plot", tmp_path / "y.jpg"], 2),
+        (["--histogram", "blk.0.ffn_gate_tid2eid"], 3),
+    ):
+        command = [sys.executable, "-m", "pyllama_dsv4", "inspect", str(model), *map(str, args)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (code, ""), done.stderr
+        assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("y.*"))
 
 
 def test_the_installed_command(path: Path) -> None:

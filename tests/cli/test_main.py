@@ -19,7 +19,7 @@ from pyllama_dsv4 import cli, errors
 from pyllama_dsv4.cli.exit_codes import ExitCode, exit_code
 from pyllama_dsv4.cli.terminal import AnswerWriter, clean, use_color
 
-COMMANDS = ("chat", "run", "inspect", "convert")
+COMMANDS = ("chat", "run", "inspect", "convert", "verify", "translate")
 Run = Callable[..., subprocess.CompletedProcess[bytes]]
 
 # what each class of error means to a script that called the command

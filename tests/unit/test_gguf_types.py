@@ -187,6 +187,27 @@ def test_only_a_last_tensor_borrows_without_a_fit() -> None:
     assert [v.basis for v in resolve_type42(infos, size + 32, 32).values()] == [Basis.FITS, Basis.UNKNOWN]
 
 
+def test_a_last_tensor_borrows_no_verdict_that_its_rows_rule_out() -> None:
+    """Rows of 192 are no blocks of 128: the engine's size arithmetic must not see them as FP8."""
+    infos, size = place([(F8_E4M3_B128, 1024, 8), (Q2_0, 192, 8)])
+    verdict = resolve_type42(infos, size - 100, 32)[1]
+    assert (verdict.type, verdict.basis) == (Q2_0, Basis.UNKNOWN)
+    rows_that_fit, size = place([(F8_E4M3_B128, 1024, 8), (Q2_0, 256, 8)])
+    assert resolve_type42(rows_that_fit, size - 100, 32)[1].type is F8_E4M3_B128
+
+
+def test_counts_that_would_overflow_rule_a_claimant_out() -> None:
+    """Elements times block bytes beyond 2^63 - 1: the engine multiplies before it divides."""
+    largest = (2**63 - 1) // 129 // 128
+    for ne1, basis in ((largest, Basis.FITS), (largest + 1, Basis.UNKNOWN)):
+        n_bytes = F8_E4M3_B128.n_bytes(128 * ne1)
+        infos = [TensorInfo("a", (128, ne1, 1, 1), 42, 0), TensorInfo("b", (8, 1, 1, 1), 0, n_bytes)]
+        assert resolve_type42(infos, n_bytes + 32, 32)[0].basis is basis
+    trusted = TensorInfo("a", (1024, 8, 1, 1), 42, 0)
+    last = TensorInfo("b", (128, largest + 1, 1, 1), 42, 8256)
+    assert resolve_type42([trusted, last], 8256 + 10, 32)[1].type is Q2_0
+
+
 def test_order_in_the_file_does_not_matter() -> None:
     infos, size = place([(F8_E4M3_B128, 1024, 8), (Q2_0, 1024, 8), (F32, 64, 1)])
     backwards = resolve_type42(infos[::-1], size, 32)
