@@ -29,7 +29,7 @@ Array = npt.NDArray[np.float32]
 
 
 def logits_of(path: Path) -> Array:
-    with Llama(path, n_ctx=512, n_threads=1, warmup=False) as llm:
+    with Llama(path, n_ctx=512, n_threads=1, act_quant="none", warmup=False) as llm:
         rows = []
         for token in IDS:
             llm.eval([token])
