@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from ._native import check, ffi, lib
 from .errors import ArgumentError
 
-__all__ = ["Sampler", "SamplingParams"]
+__all__ = ["SAMPLING_NAMES", "Sampler", "SamplingOptions", "SamplingParams"]
 
 _SEED_MAX = 2**32 - 2  # upstream reads 2^32-1 as "random"
 
@@ -69,6 +69,28 @@ class SamplingParams:
                 raise ArgumentError("sampling", key=name, found=repr(value), expected=expected)
         if self.seed is not None and not 0 <= self.seed <= _SEED_MAX:
             raise ArgumentError("sampling", key="seed", found=self.seed, expected=f"0 to {_SEED_MAX}")
+
+
+class SamplingOptions(TypedDict, total=False):
+    """Keywords of every generating method; meaning and ranges as in ``SamplingParams``.
+
+    What is left out comes from the file's ``general.sampling.*`` keys (for V4: temperature 1, top_p 1), the seed
+    from ``Llama(seed=...)``.
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    typical_p: float
+    repeat_penalty: float
+    repeat_last_n: int
+    frequency_penalty: float
+    presence_penalty: float
+    seed: int | None
+
+
+SAMPLING_NAMES = tuple(SamplingOptions.__annotations__)
 
 
 class Sampler:

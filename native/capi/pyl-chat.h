@@ -1,9 +1,9 @@
 // Chat: messages to the exact prompt (token ids), and generated text back to messages.
 //
 // Owns: the seam to upstream's chat engine (templates, tool grammar, reasoning and DSML parsing) as strings in, JSON
-// out. Leaves checking and normalising of messages and the shapes of answers to pyllama_dsv4/chat.py, and the
-// tokeniser that knows message text from template text to native/llama/prompt-tokens. Included by pyllama.h; the file
-// is not called chat.h because upstream's is. Parsed by pycparser: plain C, no macros in declarations.
+// out. Leaves checking and normalising of messages to pyllama_dsv4/chat_request.py, the shapes of answers to
+// responses.py, and the tokeniser that knows message text from template text to native/llama/prompt-tokens. Included
+// by pyllama.h; the file is not called chat.h because upstream is. Parsed by pycparser: plain C, no macros.
 
 #pragma once
 

@@ -9,6 +9,7 @@ import pytest
 
 from pyllama_dsv4 import chat
 from pyllama_dsv4.chat import AnswerReader, ChatPrompt, ChatRequest
+from pyllama_dsv4.chat_request import N_NESTED_MAX
 from pyllama_dsv4.errors import ArgumentError, ChatError
 
 USER = {"role": "user", "content": "hi"}
@@ -215,9 +216,9 @@ def test_nesting_is_bounded() -> None:
     def tool(depth: int) -> dict[str, Any]:
         return {"type": "function", "function": {"name": "a", "x": nested(depth)}}
 
-    ChatRequest.create([USER], tools=[tool(chat.N_NESTED_MAX - 1)])
+    ChatRequest.create([USER], tools=[tool(N_NESTED_MAX - 1)])
     with pytest.raises(ChatError, match="nesting"):
-        ChatRequest.create([USER], tools=[tool(chat.N_NESTED_MAX)])
+        ChatRequest.create([USER], tools=[tool(N_NESTED_MAX)])
 
 
 def test_tools_are_copied_with_all_their_members() -> None:
