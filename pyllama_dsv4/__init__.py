@@ -12,11 +12,15 @@ from . import errors
 from .errors import PyllamaError
 
 if TYPE_CHECKING:
+    from .generate import GenerationOptions
+    from .grammar import Grammar
     from .llama import Llama, SamplingOptions, Stats
     from .sampler import SamplingParams
     from .warmup import Progress
 
 __all__ = [
+    "GenerationOptions",
+    "Grammar",
     "Llama",
     "Progress",
     "PyllamaError",
@@ -28,6 +32,8 @@ __all__ = [
 ]
 
 _LAZY = {
+    "GenerationOptions": "generate",
+    "Grammar": "grammar",
     "Llama": "llama",
     "Progress": "warmup",
     "SamplingOptions": "llama",

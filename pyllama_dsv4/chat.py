@@ -23,13 +23,8 @@ from .responses import (
     Completion,
     CompletionUsage,
     FinishReason,
-    ResponseHead,
     ToolCall,
     ToolCallDelta,
-    chat_completion,
-    chat_completion_chunk,
-    completion,
-    usage,
 )
 
 __all__ = [
@@ -44,13 +39,8 @@ __all__ = [
     "FinishReason",
     "PromptPart",
     "ReasoningEffort",
-    "ResponseHead",
     "ToolCall",
     "ToolChoice",
-    "chat_completion",
-    "chat_completion_chunk",
-    "completion",
-    "usage",
 ]
 
 
@@ -76,6 +66,7 @@ class ChatPrompt:
         grammar: GBNF that the answer must follow, or ``""``.
         grammar_lazy: Whether the grammar applies only from the first trigger on.
         grammar_triggers: Pairs of kind (``token``, ``word``, ``pattern``, ``pattern_full``) and text.
+        generation_tokens: Ids at the end of the prompt that a grammar which is not lazy begins with.
         preserved_tokens: Ids of special tokens whose text must stay in the answer for the parser to see.
         stops: Strings that end the answer, besides the end-of-generation tokens.
         supports_thinking: Whether the template knows a thinking mode.
@@ -87,6 +78,7 @@ class ChatPrompt:
     grammar: str
     grammar_lazy: bool
     grammar_triggers: list[tuple[str, str]]
+    generation_tokens: list[int]
     preserved_tokens: list[int]
     stops: list[str]
     supports_thinking: bool
@@ -102,6 +94,7 @@ class ChatPrompt:
             grammar=body["grammar"],
             grammar_lazy=body["grammar_lazy"],
             grammar_triggers=[(trigger["type"], trigger["value"]) for trigger in body["grammar_triggers"]],
+            generation_tokens=body["generation_tokens"],
             preserved_tokens=body["preserved_tokens"],
             stops=body["stops"],
             supports_thinking=body["supports_thinking"],
@@ -148,7 +141,7 @@ class AnswerReader:
         """End the answer.
 
         Args:
-            finish_reason: Why generation ended: ``"stop"`` or ``"length"``.
+            finish_reason: Why generation ended: ``"stop"``, ``"length"`` or ``"loop"``.
 
         Returns:
             The last delta; the whole message; the finish reason, ``"tool_calls"`` if tools are to be called;
@@ -168,7 +161,7 @@ class AnswerReader:
                 {"id": call_id, "type": "function", "function": function}
                 for call_id, function in zip(self._ids, calls, strict=True)
             ]
-        if finish_reason == "length":
+        if finish_reason in ("length", "loop"):
             return delta, message, finish_reason, True  # cut off, as was asked for
         follows_format = end["complete"] and all(_is_json_object(call["arguments"]) for call in calls)
         if calls and follows_format:

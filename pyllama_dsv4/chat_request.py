@@ -18,11 +18,12 @@ __all__ = ["ChatRequest", "ReasoningEffort", "ToolChoice"]
 
 Role = Literal["system", "user", "assistant", "tool"]
 ReasoningEffort = Literal["high", "max"]
-ToolChoice = Literal["auto", "required", "none"]
+ToolMode = Literal["auto", "required", "none"]
+ToolChoice = ToolMode | Mapping[str, Any]
 
 ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
 REASONING_EFFORTS: tuple[ReasoningEffort, ...] = ("high", "max")
-TOOL_CHOICES: tuple[ToolChoice, ...] = ("auto", "required", "none")
+TOOL_CHOICES: tuple[ToolMode, ...] = ("auto", "required", "none")
 
 TEXT_PARTS_SEPARATOR = "\n\n"
 """Between the text parts of one message. Source: DeepSeek's encoder joins the text blocks of a turn so."""
@@ -49,6 +50,7 @@ class ChatRequest:
         messages: Messages in normal form: ``content`` is text, arguments of tool calls are JSON text.
         tools: OpenAI function tools, or an empty list.
         tool_choice: Whether the answer may, must or must not call a tool.
+        tool_name: The only tool that may be called, or ``None``.
         parallel_tool_calls: Whether one answer may call several tools.
         thinking: Whether the model reasons before it answers.
         reasoning_effort: Paragraph on effort in front of the prompt; ``None``: no such paragraph.
@@ -58,7 +60,8 @@ class ChatRequest:
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] = field(default_factory=list)
-    tool_choice: ToolChoice = "auto"
+    tool_choice: ToolMode = "auto"
+    tool_name: str | None = None
     parallel_tool_calls: bool = True
     thinking: bool = False
     reasoning_effort: ReasoningEffort | None = None
@@ -75,6 +78,7 @@ class ChatRequest:
         parallel_tool_calls: bool = True,
         thinking: bool = False,
         reasoning_effort: ReasoningEffort | None = None,
+        response_format: Mapping[str, Any] | None = None,
         json_schema: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
     ) -> ChatRequest:
@@ -86,10 +90,13 @@ class ChatRequest:
                 tool calls are JSON text, a dictionary, or ``None`` for no arguments.
             tools: ``{"type": "function", "function": {"name", "description", "parameters"}}``; other members
                 of ``function`` reach the prompt as they are.
-            tool_choice: See the attribute. ``"none"`` still shows the tools to the model.
+            tool_choice: See the attribute. ``"none"`` still shows the tools to the model; OpenAI's
+                ``{"type": "function", "function": {"name": ...}}`` demands a call of that tool.
             parallel_tool_calls: See the attribute.
             thinking: See the attribute.
             reasoning_effort: See the attribute; needs ``thinking``.
+            response_format: ``{"type": "text"}``, ``{"type": "json_object"}`` (with an optional ``schema``), or
+                ``{"type": "json_schema", "json_schema": {"schema": {...}}}``; sets ``json_schema``.
             json_schema: See the attribute.
             add_generation_prompt: See the attribute.
 
@@ -116,15 +123,25 @@ class ChatRequest:
                     hint="Pass thinking=True as well, or leave reasoning_effort out",
                 )
         checked_tools = _tools(tools)
-        if tool_choice not in TOOL_CHOICES:
-            raise _argument_error("tool_choice", tool_choice, "'auto', 'required' or 'none'")
-        if tool_choice == "required" and not checked_tools:
+        tool_name: str | None = None
+        if isinstance(tool_choice, Mapping):
+            tool_name = _chosen_tool(tool_choice, checked_tools)
+            mode: ToolMode = "required"
+        elif tool_choice in TOOL_CHOICES:
+            mode = tool_choice
+        else:
+            raise _argument_error("tool_choice", tool_choice, "'auto', 'required', 'none' or a function")
+        if mode == "required" and not checked_tools:
             raise ArgumentError(
                 "'tool_choice' asks for a call, and there is nothing to call",
                 key="tool_choice",
                 found="no tools",
                 expected="at least one tool",
             )
+        if response_format is not None:
+            if json_schema is not None:
+                raise ArgumentError("'response_format' contradicts json_schema", key="response_format")
+            json_schema = _schema_of(response_format)
         if json_schema is not None:
             if not isinstance(json_schema, Mapping):
                 raise _chat_error("json_schema", _type_name(json_schema), "a dictionary")
@@ -138,7 +155,8 @@ class ChatRequest:
         return cls(
             messages=_messages(messages),
             tools=checked_tools,
-            tool_choice=tool_choice,
+            tool_choice=mode,
+            tool_name=tool_name,
             parallel_tool_calls=parallel_tool_calls,
             thinking=thinking,
             reasoning_effort=reasoning_effort,
@@ -157,6 +175,8 @@ class ChatRequest:
             body["tools"] = self.tools
             body["tool_choice"] = self.tool_choice
             body["parallel_tool_calls"] = self.parallel_tool_calls
+        if self.tool_name is not None:
+            body["tool_name"] = self.tool_name
         if self.json_schema is not None:
             body["json_schema"] = self.json_schema
         if self.reasoning_effort is not None:
@@ -293,6 +313,39 @@ def _tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
                 )
         out.append({"type": "function", "function": function})
     return out
+
+
+def _chosen_tool(choice: Mapping[str, Any], tools: list[dict[str, Any]]) -> str:
+    """Return the name in OpenAI's form of a tool choice."""
+    function = choice.get("function")
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if choice.get("type") != "function" or not isinstance(name, str):
+        raise _argument_error("tool_choice", dict(choice), "{'type': 'function', 'function': {'name': ...}}")
+    if all(name != tool["function"]["name"] for tool in tools):
+        known = ", ".join(tool["function"]["name"] for tool in tools) or "no tools"
+        raise _argument_error("tool_choice", name, f"one of the tools ({known})")
+    return name
+
+
+def _schema_of(response_format: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the schema in OpenAI's form of a response format; None for text."""
+    kind = response_format.get("type") if isinstance(response_format, Mapping) else None
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        schema = response_format.get("schema", {"type": "object"})
+    elif kind == "json_schema":
+        inner = response_format.get("json_schema")
+        schema = inner.get("schema") if isinstance(inner, Mapping) else None
+    else:
+        raise _argument_error(
+            "response_format",
+            response_format,
+            "a dictionary with type 'text', 'json_object' or 'json_schema'",
+        )
+    if not isinstance(schema, Mapping):
+        raise _argument_error("response_format", response_format, "a schema (a dictionary) in it")
+    return schema
 
 
 def _refuse_unknown(value: Mapping[str, Any], known: frozenset[str], key: str) -> None:

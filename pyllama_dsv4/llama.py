@@ -19,8 +19,8 @@ __all__ = ["Llama", "SamplingOptions", "Stats"]
 class Llama(ChatCompletions):
     """A model that is ready to run.
 
-    Not safe for use from several threads at once: that raises ``ThreadError``. Close it, or use it as a context
-    manager; a forked child must open its own. Arguments: see ``__init__``.
+    Threads may share it: generations queue, first come, first served. Close it, or use it as a context manager; a
+    forked child must open its own. Arguments: see ``__init__``.
     """
 
     def _state_identity(self) -> dict[str, str]:
@@ -69,7 +69,7 @@ class Llama(ChatCompletions):
         self._load_state(read_state(path), path)
 
     def _load_state(self, state: State, path: str | os.PathLike[str] | None = None) -> None:
-        with self._use():
+        with self._change():
             state.check_identity(self._state_identity(), path=path)
             self._check_fits(len(state.ids))
             self._session.restore(state.ids, state.engine, state.logits)

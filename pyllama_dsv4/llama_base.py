@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 import numpy as np
 import numpy.typing as npt
 
-from ._native import lib, logger
+from ._native import build_info, lib, logger, series_digest
 from .chat_engine import ChatEngine
 from .context import Context
 from .errors import ArgumentError, ClosedError, ContextFullError, ThreadError
@@ -32,6 +32,7 @@ from .session import Session
 from .state import model_fingerprint
 from .stats import Stats
 from .tokenizer import Tokenizer
+from .turns import Turns
 from .warmup import Progress, Warmup
 
 if TYPE_CHECKING:
@@ -113,14 +114,16 @@ class LlamaBase:
             CancelledError: `progress` returned False.
             ArgumentError, UnknownOptionError: an argument.
 
-        Not safe for use from several threads at once: that raises ``ThreadError``. Close it, or use it as a context
-        manager; a forked child must open its own.
+        Threads may share it: generations queue, first come, first served. Close it, or use it as a context manager; a
+        forked child must open its own.
         """
         refuse_unknown("Llama", unknown, keyword_names(LlamaBase.__init__))
         if verbose:
             _log_to_stderr()
         self._pid = os.getpid()
         self._lock = threading.Lock()
+        self._owner: int | None = None  # thread that holds the lock
+        self._turns = Turns()
         self._warmup: Warmup | None = None
         self._engine: ChatEngine | None = None
         self._sampler: Sampler | None = None
@@ -158,16 +161,16 @@ class LlamaBase:
             on_progress=None if progress is None else lambda f: progress(Progress("load", f)) is not False,
         )
         try:
-            self._context = Context(
-                self._model,
-                n_ctx=n_ctx,
-                n_batch=n_batch,
-                n_ubatch=n_ubatch,
-                n_threads=_n_threads_default() if n_threads is None else n_threads,
-                cache_type=cache_type,
-                act_quant=act_quant,
-                flash_attn=flash_attn,
-            )
+            self._context_options: dict[str, Any] = {
+                "n_ctx": n_ctx,
+                "n_batch": n_batch,
+                "n_ubatch": n_ubatch,
+                "n_threads": _n_threads_default() if n_threads is None else n_threads,
+                "cache_type": cache_type,
+                "act_quant": act_quant,
+                "flash_attn": flash_attn,
+            }
+            self._context = Context(self._model, **self._context_options)
         except BaseException:
             self._model.close()
             raise
@@ -186,12 +189,13 @@ class LlamaBase:
         """Stop the warm-up and free everything. Idempotent."""
         if self._is_closed:
             return
-        self._is_closed = True
-        if self._warmup is not None:
-            self._warmup.stop()
-        for owner in (self._engine, self._sampler, self._context, self._model):
-            if owner is not None:
-                owner.close()
+        with self._use():  # another thread's step ends first
+            self._is_closed = True
+            if self._warmup is not None:
+                self._warmup.stop()
+            for owner in (self._engine, self._sampler, self._context, self._model):
+                if owner is not None:
+                    owner.close()
 
     def __enter__(self) -> Self:
         return self
@@ -211,23 +215,37 @@ class LlamaBase:
 
     @contextmanager
     def _use(self) -> Iterator[None]:
-        """Refuse use after close, after a fork, and from two threads at once."""
-        if self._is_closed:
-            raise ClosedError("this Llama is closed")
+        """Keep the native objects for one step; refuse use after close, after a fork and from a callback of a step.
+
+        Other threads wait.
+        """
         if os.getpid() != self._pid:
             raise ThreadError(
                 "this Llama was opened by the parent of this process",
                 hint="Engine threads do not survive a fork; open the model again in the child.",
             )
-        if not self._lock.acquire(blocking=False):
+        me = threading.get_ident()
+        if self._owner == me:
             raise ThreadError(
-                "this Llama is in use by another thread",
-                hint="Use one Llama per thread, or a lock of your own.",
+                "this Llama was used by a callback of its own call",
+                hint="A callback may look at what it is given; use the Llama after the call.",
             )
-        try:
+        with self._lock:
+            if self._is_closed:
+                raise ClosedError("this Llama is closed")
+            self._owner = me
+            try:
+                yield
+            finally:
+                self._owner = None
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        """Like ``_use``, for what changes the sequence: generations of other threads end first."""
+        if self._is_closed:
+            raise ClosedError("this Llama is closed")
+        with self._turns.take(), self._use():
             yield
-        finally:
-            self._lock.release()
 
     # --- facts ---
 
@@ -235,6 +253,11 @@ class LlamaBase:
     def metadata(self) -> Mapping[str, Any]:
         """The file's metadata, typed; arrays are read when looked into."""
         return self._report.header.metadata
+
+    @cached_property
+    def system_fingerprint(self) -> str:
+        """What answers depend on besides the request: pinned commit, patches, and the model's ``fingerprint``."""
+        return f"fp_{build_info()['llama.cpp'][:10]}_{series_digest()}_{self.fingerprint}"
 
     @property
     def report(self) -> HeaderReport:
@@ -302,7 +325,7 @@ class LlamaBase:
 
     def reset(self) -> None:
         """Forget all evaluated tokens."""
-        with self._use():
+        with self._change():
             self._session.reset()
             self._drop_sampler()
 
@@ -331,7 +354,7 @@ class LlamaBase:
             raise ArgumentError(
                 "evaluating tokens", key="logits", found=repr(logits), expected="'last' or 'all'"
             )
-        with self._use():
+        with self._change():
             return self._session.eval(ids, all_logits=logits == "all")
 
     @property
@@ -360,7 +383,7 @@ class LlamaBase:
             params = self._params(sampling)
             if self._sampler is None or self._sampler.params != params:
                 self._drop_sampler()
-                self._sampler = Sampler(params, self.n_vocab, self.n_ctx)
+                self._sampler = Sampler(params, self._model, self.n_ctx)
             return self._sampler.sample(self._context.logits)
 
     def _check_fits(self, n_tokens: int) -> None:
@@ -371,10 +394,6 @@ class LlamaBase:
                 expected=f"at most n_ctx = {self.n_ctx}",
                 hint="Open the model with a larger n_ctx, or shorten the prompt.",
             )
-
-    @staticmethod
-    def _refuse_unknown_sampling(where: str, own: Sequence[str], sampling: Mapping[str, Any]) -> None:
-        refuse_unknown(where, [k for k in sampling if k not in SAMPLING_NAMES], [*own, *SAMPLING_NAMES])
 
 
 def _warm_ranges(report: HeaderReport) -> list[tuple[Path, int, int]]:

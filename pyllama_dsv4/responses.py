@@ -5,10 +5,14 @@ from __future__ import annotations
 import secrets
 import time
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict
+
+if TYPE_CHECKING:
+    from .logprobs import ChatLogprobs, CompletionLogprobs
 
 __all__ = [
     "AssistantMessage",
+    "ChatChoice",
     "ChatCompletion",
     "ChatCompletionChunk",
     "ChatDelta",
@@ -19,13 +23,15 @@ __all__ = [
     "ResponseHead",
     "ToolCall",
     "ToolCallDelta",
+    "add_logprobs",
+    "chat_choice",
     "chat_completion",
     "chat_completion_chunk",
     "completion",
     "usage",
 ]
 
-FinishReason = Literal["stop", "length", "tool_calls"]
+FinishReason = Literal["stop", "length", "tool_calls", "loop"]
 
 
 class FunctionCall(TypedDict):
@@ -86,6 +92,12 @@ class PromptTokensDetails(TypedDict):
     cached_tokens: int
 
 
+class CompletionTokensDetails(TypedDict):
+    """``reasoning_tokens``: how many of the generated tokens were reasoning, its end mark included."""
+
+    reasoning_tokens: int
+
+
 class CompletionUsage(TypedDict):
     """Token counts of one request."""
 
@@ -93,12 +105,13 @@ class CompletionUsage(TypedDict):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
 
 
 class _ChatChoice(TypedDict):
     index: int
     message: AssistantMessage
-    logprobs: None
+    logprobs: ChatLogprobs | None
     finish_reason: FinishReason
 
 
@@ -115,6 +128,7 @@ class ChatCompletion(TypedDict):
     object: Literal["chat.completion"]
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChatChoice]
     usage: CompletionUsage
 
@@ -122,7 +136,7 @@ class ChatCompletion(TypedDict):
 class _ChatChunkChoice(TypedDict):
     index: int
     delta: ChatDelta
-    logprobs: None
+    logprobs: ChatLogprobs | None
     finish_reason: FinishReason | None
 
 
@@ -137,6 +151,7 @@ class _ChatCompletionChunk(TypedDict):
     object: Literal["chat.completion.chunk"]
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChatChunkChoice]
 
 
@@ -151,7 +166,7 @@ class CompletionChoice(TypedDict):
 
     index: int
     text: str
-    logprobs: None
+    logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
 
 
@@ -160,6 +175,7 @@ class _Completion(TypedDict):
     object: Literal["text_completion"]
     created: int
     model: str
+    system_fingerprint: str
     choices: list[CompletionChoice]
 
 
@@ -177,58 +193,81 @@ class ResponseHead:
         id: ``chatcmpl-...`` or ``cmpl-...``.
         created: Seconds since 1970.
         model: Name of the model.
+        system_fingerprint: What the answer depends on besides the request.
     """
 
     id: str
     created: int
     model: str
+    system_fingerprint: str
 
     @classmethod
-    def new(cls, kind: Literal["chatcmpl", "cmpl"], model: str) -> ResponseHead:
+    def new(cls, kind: Literal["chatcmpl", "cmpl"], model: str, system_fingerprint: str) -> ResponseHead:
         """Return a head with a random id and the present time."""
-        return cls(f"{kind}-{secrets.token_hex(14)}", int(time.time()), model)
+        return cls(f"{kind}-{secrets.token_hex(14)}", int(time.time()), model, system_fingerprint)
 
 
-def usage(n_tokens_prompt: int, n_tokens_completion: int, n_tokens_cached: int = 0) -> CompletionUsage:
+def usage(
+    n_tokens_prompt: int, n_tokens_completion: int, n_tokens_cached: int = 0, n_tokens_reasoning: int = 0
+) -> CompletionUsage:
     """Return token counts in OpenAI's form."""
     return {
         "prompt_tokens": n_tokens_prompt,
         "completion_tokens": n_tokens_completion,
         "total_tokens": n_tokens_prompt + n_tokens_completion,
         "prompt_tokens_details": {"cached_tokens": n_tokens_cached},
+        "completion_tokens_details": {"reasoning_tokens": n_tokens_reasoning},
     }
 
 
-def chat_completion(
-    head: ResponseHead,
-    message: AssistantMessage,
-    finish_reason: FinishReason,
-    usage: CompletionUsage,
-    unparsed: str | None = None,
-) -> ChatCompletion:
-    """Return a whole answer in OpenAI's form."""
-    choice: ChatChoice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
-    if unparsed is not None:
-        choice["unparsed"] = unparsed
+def chat_completion(head: ResponseHead, choices: list[ChatChoice], usage: CompletionUsage) -> ChatCompletion:
+    """Return whole answers in OpenAI's form."""
     return {
         "id": head.id,
         "object": "chat.completion",
         "created": head.created,
         "model": head.model,
-        "choices": [choice],
+        "system_fingerprint": head.system_fingerprint,
+        "choices": choices,
         "usage": usage,
     }
 
 
+def chat_choice(
+    index: int,
+    message: AssistantMessage,
+    finish_reason: FinishReason,
+    unparsed: str | None = None,
+    logprobs: ChatLogprobs | None = None,
+) -> ChatChoice:
+    """Return one whole answer."""
+    choice: ChatChoice = {
+        "index": index,
+        "message": message,
+        "logprobs": logprobs,
+        "finish_reason": finish_reason,
+    }
+    if unparsed is not None:
+        choice["unparsed"] = unparsed
+    return choice
+
+
 def chat_completion_chunk(
     head: ResponseHead,
+    index: int,
     delta: ChatDelta,
     finish_reason: FinishReason | None = None,
     usage: CompletionUsage | None = None,
     unparsed: str | None = None,
+    logprobs: ChatLogprobs | None = None,
 ) -> ChatCompletionChunk:
     """Return a piece of an answer in OpenAI's form; the first says the role, the last the finish reason."""
-    choice: ChatChunkChoice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    choice: ChatChunkChoice = {
+        "index": index,
+        "delta": delta,
+        "logprobs": logprobs,
+        "finish_reason": finish_reason,
+    }
     if unparsed is not None:
         choice["unparsed"] = unparsed
     chunk: ChatCompletionChunk = {
@@ -236,6 +275,7 @@ def chat_completion_chunk(
         "object": "chat.completion.chunk",
         "created": head.created,
         "model": head.model,
+        "system_fingerprint": head.system_fingerprint,
         "choices": [choice],
     }
     if usage is not None:
@@ -245,9 +285,11 @@ def chat_completion_chunk(
 
 def completion(
     head: ResponseHead,
+    index: int,
     text: str,
-    finish_reason: FinishReason | None,
+    finish_reason: FinishReason | None = None,
     usage: CompletionUsage | None = None,
+    logprobs: CompletionLogprobs | None = None,
 ) -> Completion:
     """Return a continuation of a text, or a piece of one, in OpenAI's form."""
     body: Completion = {
@@ -255,8 +297,23 @@ def completion(
         "object": "text_completion",
         "created": head.created,
         "model": head.model,
-        "choices": [{"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}],
+        "system_fingerprint": head.system_fingerprint,
+        "choices": [{"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}],
     }
     if usage is not None:
         body["usage"] = usage
     return body
+
+
+def add_logprobs(choice: CompletionChoice, logprobs: CompletionLogprobs | None) -> None:
+    """Append those of a piece to those of the choice."""
+    if logprobs is None:
+        return
+    known = choice["logprobs"]
+    if known is None:
+        choice["logprobs"] = logprobs
+        return
+    known["tokens"] += logprobs["tokens"]
+    known["token_logprobs"] += logprobs["token_logprobs"]
+    known["top_logprobs"] += logprobs["top_logprobs"]
+    known["text_offset"] += logprobs["text_offset"]

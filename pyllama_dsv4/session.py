@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .context import Context
+from .watch import Watch
 
 __all__ = ["Session"]
 
@@ -68,11 +69,13 @@ class Session:
         self._checkpoints = []
         self._context.clear()
 
-    def eval(self, ids: Sequence[int], *, all_logits: bool = False) -> npt.NDArray[np.float32] | None:
+    def eval(
+        self, ids: Sequence[int], *, all_logits: bool = False, watch: Watch | None = None
+    ) -> npt.NDArray[np.float32] | None:
         """Append token ids; arguments, result and errors as ``Context.decode``."""
         self.version += 1
         try:
-            rows = self._context.decode(ids, all_logits=all_logits)
+            rows = self._context.decode(ids, all_logits=all_logits, watch=watch)
         except BaseException:
             if self._context.n_tokens != len(self._ids):  # cleared by a failed or cancelled batch
                 self._ids = []
@@ -80,21 +83,22 @@ class Session:
         self._ids.extend(int(i) for i in ids)
         return rows
 
-    def prefill(self, ids: Sequence[int]) -> int:
+    def prefill(self, ids: Sequence[int], *, watch: Watch | None = None) -> int:
         """Make the cache hold exactly `ids`, evaluating as little as possible.
 
         Args:
             ids: The whole prompt, at least one id.
+            watch: May stop the call.
 
         Returns:
             How many of its tokens were in the cache already.
         """
         n_cached = self._reuse(ids)
         if len(ids) - n_cached > 1:
-            self.eval(ids[n_cached:-1])
+            self.eval(ids[n_cached:-1], watch=watch)
             self._save_checkpoint()
         if self.n_tokens < len(ids):
-            self.eval(ids[self.n_tokens :])
+            self.eval(ids[self.n_tokens :], watch=watch)
         return n_cached
 
     def restore(
