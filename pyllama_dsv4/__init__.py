@@ -12,6 +12,7 @@ from . import errors
 from .errors import PyllamaError
 
 if TYPE_CHECKING:
+    from .aio import AsyncLlama
     from .generate import GenerationOptions
     from .grammar import Grammar
     from .llama import Llama, SamplingOptions, Stats
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from .warmup import Progress
 
 __all__ = [
+    "AsyncLlama",
     "GenerationOptions",
     "Grammar",
     "Llama",
@@ -32,6 +34,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "AsyncLlama": "aio",
     "GenerationOptions": "generate",
     "Grammar": "grammar",
     "Llama": "llama",

@@ -33,7 +33,7 @@ def test_stop_strings_and_stop_token_ids_end_the_text_and_are_no_part_of_it(llm:
     logits_of = llm.tokenize(" three")
     assert len(logits_of) == 1
     ids = [llm.tokenize(w)[0] for w in ("one", " two", " three")]
-    bias = {i: 100.0 for i in ids}
+    bias = dict.fromkeys(ids, 100.0)
     first = llm.create_completion(PROMPT, logit_bias=bias, max_tokens=8, **GREEDY)["choices"][0]["text"]
     stopped = llm.create_completion(PROMPT, logit_bias=bias, max_tokens=8, stop_token_ids=ids, **GREEDY)[
         "choices"
@@ -64,7 +64,10 @@ def test_logprobs_in_both_shapes(llm: Llama) -> None:
     assert logprobs is not None
     assert answer["text"].startswith(PROMPT)
     assert len(logprobs["tokens"]) == len(logprobs["token_logprobs"]) == 4
-    assert all(max(t.values()) == p for t, p in zip(logprobs["top_logprobs"], logprobs["token_logprobs"]))
+    assert all(
+        max(t.values()) == p
+        for t, p in zip(logprobs["top_logprobs"], logprobs["token_logprobs"], strict=True)
+    )
     assert logprobs["text_offset"][0] == len(PROMPT)
     chat = llm.create_chat_completion(
         [{"role": "user", "content": "hi"}], max_tokens=3, logprobs=True, top_logprobs=2, **GREEDY
@@ -230,9 +233,11 @@ def test_bad_grammars_are_named_and_end_nothing(llm: Llama, grammar: str, messag
 
 
 def test_a_grammar_needs_a_vocabulary(tiny_model: Any) -> None:
-    with Llama(tiny_model, n_ctx=64, n_threads=1, warmup=False) as llm:
-        with pytest.raises(errors.ArgumentError, match="vocabulary"):
-            llm.create_completion([1, 2], grammar='root ::= "a"', max_tokens=1)
+    with (
+        Llama(tiny_model, n_ctx=64, n_threads=1, warmup=False) as llm,
+        pytest.raises(errors.ArgumentError, match="vocabulary"),
+    ):
+        llm.create_completion([1, 2], grammar='root ::= "a"', max_tokens=1)
 
 
 def test_unicode_and_tokens_longer_than_32_bytes_pass_a_grammar(llm: Llama) -> None:
