@@ -159,7 +159,7 @@ def _soak(llm: Llama, seconds: float) -> int:
     n_compared = [0] * 8
 
     def work(i: int) -> None:
-            rng = np.random.default_rng(i)
+        rng = np.random.default_rng(i)
         while time.monotonic() < end:
             what = rng.integers(0, 5)
             if what == 0:
