@@ -350,7 +350,9 @@ class Context:
 
     def drop(self, seq: int) -> None:
         """Forget the tokens of one sequence."""
-        lib.llama_memory_seq_rm(lib.llama_get_memory(self.pointer), seq, -1, -1)
+        if not lib.llama_memory_seq_rm(lib.llama_get_memory(self.pointer), seq, -1, -1):
+            self.clear()
+            raise StateError(f"forgetting sequence {seq} failed", hint="All sequences were cleared.")
         self._n_tokens[seq] = 0
         self._logits = None
 
@@ -382,8 +384,7 @@ class Context:
         Raises:
             StateError: It is damaged, or of another model, cache or level of rounding; all sequences were cleared.
         """
-        lib.llama_memory_seq_rm(lib.llama_get_memory(self.pointer), seq, -1, -1)
-        self._logits = None
+        self.drop(seq)
         log_tail(clear=True)
         read = lib.llama_state_seq_set_data(
             self.pointer, ffi.from_buffer("uint8_t[]", state), len(state), seq

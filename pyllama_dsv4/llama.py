@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 
-from ._native import build_info, series_digest
 from .chat_completion import ChatCompletions
 from .sampler import SamplingOptions
 from .state import State, read_state, write_state
@@ -22,15 +21,6 @@ class Llama(ChatCompletions):
     Threads may share it: generations queue, first come, first served. Close it, or use it as a context manager; a
     forked child must open its own. Arguments: see ``__init__``.
     """
-
-    def _state_identity(self) -> dict[str, str]:
-        return {
-            "model": self.fingerprint,
-            "engine": build_info()["llama.cpp"],
-            "patches": series_digest(),
-            "cache type": self._cache_type,
-            "act_quant": self._act_quant,
-        }
 
     def _state(self) -> State:
         logits = self._context.logits if self._context.has_logits else None

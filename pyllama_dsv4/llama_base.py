@@ -27,6 +27,7 @@ from .machine import working_set_bytes
 from .model import Model
 from .options import keyword_names, refuse_unknown
 from .plan import N_CTX_DEFAULT, Plan, plan_model
+from .prefix_cache import BYTES_MAX, PrefixCache
 from .sampler import SAMPLING_NAMES, Sampler, SamplingOptions, SamplingParams
 from .session import Session
 from .state import model_fingerprint
@@ -74,6 +75,8 @@ class LlamaBase:
         seed: int | None = None,
         chat_template: str | None = None,
         progress: Callable[[Progress], bool | None] | None = None,
+        prefix_cache: str | os.PathLike[str] | None = None,
+        prefix_cache_bytes: int = BYTES_MAX,
         warmup: bool = True,
         verbose: bool = False,
         **unknown: NoReturn,
@@ -101,6 +104,9 @@ class LlamaBase:
             chat_template: Jinja text instead of the file's chat template.
             progress: Called with a ``Progress`` during the load (in this thread or a helper's) and the warm-up (from
                 the warm-up's thread); returning False cancels the load or stops the warm-up.
+            prefix_cache: Folder in which evaluated prompts are kept for this and other processes; None keeps them in
+                memory only. Belongs to the model, the build and the settings that a cache depends on.
+            prefix_cache_bytes: Size of that folder at most; what was used longest ago is removed.
             warmup: Read the mapped file into the page cache in the background, as far as memory reaches.
             verbose: Print the engine's log to stderr through ``logging``.
 
@@ -175,7 +181,17 @@ class LlamaBase:
             self._model.close()
             raise
         self._tokenizer = Tokenizer(self._model)
-        self._session = Session(self._context)
+        try:
+            disk = (
+                None
+                if prefix_cache is None
+                else PrefixCache(prefix_cache, self._state_identity(), prefix_cache_bytes)
+            )
+        except BaseException:
+            self._context.close()
+            self._model.close()
+            raise
+        self._session = Session(self._context, disk)
         self._sampling_defaults = _sampling_defaults(self._report.header.metadata)
         if progress is not None:
             progress(Progress("load", 1.0))
@@ -253,6 +269,15 @@ class LlamaBase:
     def metadata(self) -> Mapping[str, Any]:
         """The file's metadata, typed; arrays are read when looked into."""
         return self._report.header.metadata
+
+    def _state_identity(self) -> dict[str, str]:
+        return {
+            "model": self.fingerprint,
+            "engine": build_info()["llama.cpp"],
+            "patches": series_digest(),
+            "cache type": self._cache_type,
+            "act_quant": self._act_quant,
+        }
 
     @cached_property
     def system_fingerprint(self) -> str:
