@@ -92,7 +92,7 @@ void                 pyl_sampler_free(struct pyl_sampler * sampler);
 int32_t pyl_sampler_add(struct pyl_sampler * sampler, struct llama_sampler * stage);
 
 // Set the grammar (GBNF with a rule "root"). It holds after the token `start` (-1: at once), and with words from the
-// first of them on that comes then. PYL_ERROR_ARGUMENT: it cannot be parsed; the log says where.
+// first of them on that comes then. PYL_ERROR_ARGUMENT: it cannot be used; pyl_last_error() says why.
 int32_t pyl_sampler_set_grammar(struct pyl_sampler * sampler, const char * grammar, const char ** words,
         int32_t n_words, int32_t start);
 

@@ -25,6 +25,7 @@ namespace {
 constexpr size_t N_BYTES_MAX = 4 << 20; // of a grammar's text
 constexpr int    N_PARENS_MAX = 256;    // upstream's parsers recurse over parentheses
 constexpr int    N_RULES_MAX = 20000;   // and over chains of rules
+constexpr size_t N_WHY_MAX   = 300;
 
 struct grammar_free {
     void operator()(llama_grammar * grammar) const { llama_grammar_free_impl(grammar); }
@@ -35,8 +36,8 @@ struct seen_token {
     std::string piece;
 };
 
-int32_t refuse(const char * why) {
-    pyl_set_error(why);
+int32_t refuse(const std::string & why) {
+    pyl_set_error(why.substr(0, N_WHY_MAX)); // upstream quotes the rest of the grammar
     return PYL_ERROR_ARGUMENT;
 }
 
@@ -66,6 +67,33 @@ const char * why_not_parse(const char * text) {
         ++n_rules;
     }
     return n_rules > N_RULES_MAX ? "the grammar has more than 20000 rules" : nullptr;
+}
+
+// Like the parser's parse(), which writes what is wrong to stderr instead of saying it.
+llama_grammar * read_grammar(const llama_vocab * vocab, const char * text) {
+    llama_grammar_parser parser(vocab);
+    const char * pos = text;
+    while (*pos && strchr(" \t\r\n#", *pos)) {
+        pos += *pos == '#' ? strcspn(pos, "\r\n") : 1;
+    }
+    while (*pos) {
+        pos = parser.parse_rule(pos);
+    }
+    const auto root = parser.symbol_ids.find("root");
+    if (root == parser.symbol_ids.end()) {
+        throw std::runtime_error("there is no rule 'root'");
+    }
+    for (const auto & [name, id] : parser.symbol_ids) {
+        if (id >= parser.rules.size() || parser.rules[id].empty()) {
+            throw std::runtime_error("the rule '" + name + "' is used, but not defined");
+        }
+    }
+    auto rules = parser.c_rules();
+    llama_grammar * grammar = llama_grammar_init_impl(vocab, rules.data(), rules.size(), root->second);
+    if (!grammar) {
+        throw std::runtime_error("it is left-recursive");
+    }
+    return grammar;
 }
 
 } // namespace
@@ -207,10 +235,12 @@ int32_t pyl_sampler_set_grammar(struct pyl_sampler * sampler, const char * gramm
         if (const char * why = why_not_parse(grammar)) {
             return refuse(why);
         }
-        sampler->grammar.reset(
-                llama_grammar_init_impl(sampler->vocab, grammar, "root", false, nullptr, 0, nullptr, 0));
-        if (!sampler->grammar) {
-            return refuse("the grammar cannot be used");
+        try {
+            sampler->grammar.reset(read_grammar(sampler->vocab, grammar));
+        } catch (const std::bad_alloc &) {
+            throw;
+        } catch (const std::exception & err) {
+            return refuse(err.what());
         }
         sampler->words.assign(words, words + n_words);
         sampler->is_waiting = n_words > 0 || start >= 0;

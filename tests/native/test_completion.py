@@ -209,10 +209,10 @@ def test_loop_guard(llm: Llama) -> None:
 @pytest.mark.parametrize(
     ("grammar", "message"),
     [
-        ("root ::= (", "grammar"),
-        ('start ::= "a"', "grammar"),
-        ('root ::= root "a"', "grammar"),
-        ("root ::= nowhere", "grammar"),
+        ("root ::= (", r"expecting '\)'"),
+        ('start ::= "a"', "no rule 'root'"),
+        ('root ::= root "a"', "left-recursive"),
+        ("root ::= nowhere", "'nowhere' is used"),
         ('root ::= "a"{99999999}', "grammar"),
         ('root ::= "a"{0}', "grammar"),
         ("root ::= <[999999]>", "grammar"),
