@@ -12,11 +12,17 @@ from . import errors
 from .errors import PyllamaError
 
 if TYPE_CHECKING:
+    from .aio import AsyncLlama
+    from .generate import GenerationOptions
+    from .grammar import Grammar
     from .llama import Llama, SamplingOptions, Stats
     from .sampler import SamplingParams
     from .warmup import Progress
 
 __all__ = [
+    "AsyncLlama",
+    "GenerationOptions",
+    "Grammar",
     "Llama",
     "Progress",
     "PyllamaError",
@@ -28,6 +34,9 @@ __all__ = [
 ]
 
 _LAZY = {
+    "AsyncLlama": "aio",
+    "GenerationOptions": "generate",
+    "Grammar": "grammar",
     "Llama": "llama",
     "Progress": "warmup",
     "SamplingOptions": "llama",

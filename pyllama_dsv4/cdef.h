@@ -13,6 +13,7 @@ struct llama_sampler_seq_config;
 struct llama_vocab;
 struct pyl_chat;
 struct pyl_chat_parser;
+struct pyl_sampler;
 enum ggml_type
 {
   GGML_TYPE_F32 = ...,
@@ -198,12 +199,6 @@ enum llama_context_type
   LLAMA_CONTEXT_TYPE_DEFAULT = ...,
   LLAMA_CONTEXT_TYPE_MTP = ...
 };
-typedef struct llama_token_data
-{
-  llama_token id;
-  float logit;
-  float p;
-} llama_token_data;
 typedef bool (*llama_progress_callback)(float progress, void *user_data);
 struct llama_model_params
 {
@@ -290,13 +285,13 @@ typedef struct llama_model_quantize_params
   const int32_t *prune_layers;
   size_t max_buf_size;
 } llama_model_quantize_params;
-typedef struct llama_sampler_chain_params
+typedef struct llama_logit_bias
 {
-  bool no_perf;
-} llama_sampler_chain_params;
+  llama_token token;
+  float bias;
+} llama_logit_bias;
 struct llama_model_params llama_model_default_params(void);
 struct llama_context_params llama_context_default_params(void);
-struct llama_sampler_chain_params llama_sampler_chain_default_params(void);
 struct llama_model_quantize_params llama_model_quantize_default_params(void);
 void llama_backend_init(void);
 void llama_model_free(struct llama_model *model);
@@ -335,19 +330,24 @@ bool llama_vocab_is_eog(const struct llama_vocab *vocab, llama_token token);
 bool llama_vocab_is_control(const struct llama_vocab *vocab, llama_token token);
 llama_token llama_vocab_bos(const struct llama_vocab *vocab);
 llama_token llama_vocab_eos(const struct llama_vocab *vocab);
-void llama_sampler_accept(struct llama_sampler *smpl, llama_token token);
-void llama_sampler_reset(struct llama_sampler *smpl);
-void llama_sampler_free(struct llama_sampler *smpl);
-struct llama_sampler *llama_sampler_chain_init(struct llama_sampler_chain_params params);
-void llama_sampler_chain_add(struct llama_sampler *chain, struct llama_sampler *smpl);
+llama_token llama_vocab_fim_pre(const struct llama_vocab *vocab);
+llama_token llama_vocab_fim_suf(const struct llama_vocab *vocab);
+llama_token llama_vocab_fim_mid(const struct llama_vocab *vocab);
 struct llama_sampler *llama_sampler_init_greedy(void);
 struct llama_sampler *llama_sampler_init_dist(uint32_t seed);
 struct llama_sampler *llama_sampler_init_top_k(int32_t k);
 struct llama_sampler *llama_sampler_init_top_p(float p, size_t min_keep);
 struct llama_sampler *llama_sampler_init_min_p(float p, size_t min_keep);
 struct llama_sampler *llama_sampler_init_typical(float p, size_t min_keep);
-struct llama_sampler *llama_sampler_init_temp(float t);
+struct llama_sampler *llama_sampler_init_temp_ext(float t, float delta, float exponent);
+struct llama_sampler *llama_sampler_init_xtc(float p, float t, size_t min_keep, uint32_t seed);
+struct llama_sampler *llama_sampler_init_top_n_sigma(float n);
+struct llama_sampler *llama_sampler_init_mirostat(int32_t n_vocab, uint32_t seed, float tau, float eta, int32_t m);
+struct llama_sampler *llama_sampler_init_mirostat_v2(uint32_t seed, float tau, float eta);
 struct llama_sampler *llama_sampler_init_penalties(int32_t n_vocab, int32_t penalty_last_n, float penalty_repeat, float penalty_freq, float penalty_present);
+struct llama_sampler *llama_sampler_init_dry(const struct llama_vocab *vocab, float dry_multiplier, float dry_base, int32_t dry_allowed_length, int32_t dry_penalty_last_n, const char **seq_breakers, size_t num_breakers);
+struct llama_sampler *llama_sampler_init_adaptive_p(float target, float decay, uint32_t seed);
+struct llama_sampler *llama_sampler_init_logit_bias(int32_t n_vocab, int32_t n_logit_bias, const llama_logit_bias *logit_bias);
 const char *llama_print_system_info(void);
 struct pyl_chat *pyl_chat_init(const struct llama_model *model, const char *template_text);
 void pyl_chat_free(struct pyl_chat *chat);
@@ -388,8 +388,17 @@ enum pyl_outputs
   PYL_OUTPUTS_ALL = ...
 };
 int32_t pyl_decode(struct llama_context *ctx, const int32_t *tokens, int32_t n_tokens, int32_t pos, int32_t seq_id, enum pyl_outputs outputs);
+int32_t pyl_decode_mixed(struct llama_context *ctx, const int32_t *tokens, const int32_t *pos, const int32_t *seq_id, const int8_t *outputs, int32_t n_tokens);
 int32_t pyl_logits_copy(struct llama_context *ctx, int32_t i, float *out, int32_t n_vocab);
-int32_t pyl_sample(struct llama_sampler *chain, const float *logits, int32_t n_vocab, llama_token_data *scratch);
+struct pyl_sampler *pyl_sampler_init(const struct llama_vocab *vocab, int32_t n_vocab);
+void pyl_sampler_free(struct pyl_sampler *sampler);
+int32_t pyl_sampler_add(struct pyl_sampler *sampler, struct llama_sampler *stage);
+int32_t pyl_sampler_set_grammar(struct pyl_sampler *sampler, const char *grammar, const char **words, int32_t n_words, int32_t start);
+int32_t pyl_sampler_prefill(struct pyl_sampler *sampler, int32_t token);
+void pyl_sampler_accept(struct pyl_sampler *sampler, int32_t token);
+int32_t pyl_sampler_sample(struct pyl_sampler *sampler, const float *logits);
+int32_t pyl_grammar_of_schema(const char *schema, char **grammar);
+int32_t pyl_logprobs(const float *logits, int32_t n_vocab, int32_t token, int32_t n_top, float *logprob, int32_t *top_ids, float *top_logprobs);
 enum pyl_act_quant_format
 {
   PYL_ACT_QUANT_E4M3 = ...,

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ._native import check, check_ptr, ffi, lib, log_tail, run_cancellable
-from .errors import ArgumentError, ClosedError, ContextFullError, InferenceError, MemoryLimitError, StateError
+from .errors import (
+    ArgumentError,
+    CancelledError,
+    ClosedError,
+    ContextFullError,
+    InferenceError,
+    MemoryLimitError,
+    StateError,
+)
 from .model import Model
+from .watch import Watch
 
 __all__ = ["ACT_QUANT_LEVELS", "CACHE_TYPES", "FLASH_ATTN", "Context"]
+
+SHORT_S = 0.1  # a call that takes less need not be interruptible
 
 CACHE_TYPES = {
     "f32": lib.GGML_TYPE_F32,
@@ -115,8 +127,10 @@ class Context:
         self.n_vocab = model.n_vocab
         self.n_batch = int(lib.llama_n_batch(pointer))
         self.n_ctx = n_ctx
+        self.n_seq_max = n_seq_max
         self._n_tokens = [0] * n_seq_max
         self._logits: npt.NDArray[np.float32] | None = None
+        self._step_s = float("inf")  # how long the last token took
 
     @property
     def pointer(self) -> Any:
@@ -158,7 +172,12 @@ class Context:
         self._logits = None
 
     def decode(
-        self, ids: Sequence[int], *, all_logits: bool = False, seq: int = 0
+        self,
+        ids: Sequence[int],
+        *,
+        all_logits: bool = False,
+        seq: int = 0,
+        watch: Watch | None = None,
     ) -> npt.NDArray[np.float32] | None:
         """Evaluate token ids at the end of a sequence.
 
@@ -166,6 +185,7 @@ class Context:
             ids: Token ids in ``range(n_vocab)``.
             all_logits: Return the logits of every position.
             seq: Number of the sequence.
+            watch: May stop the call.
 
         Returns:
             ``(len(ids), n_vocab) float32`` with `all_logits`, else None; ``logits`` has the last row.
@@ -192,10 +212,12 @@ class Context:
                 chunk = array[start : start + self.n_batch]
                 is_last = start + chunk.size == array.size
                 outputs = lib.PYL_OUTPUTS_ALL if all_logits else int(is_last)  # PYL_OUTPUTS_LAST is 1
-                self._decode_chunk(chunk, outputs, seq)
+                self._decode_chunk(chunk, outputs, seq, watch)
                 if rows is not None:
                     for i in range(chunk.size):
                         self._copy_logits(i, rows[start + i])
+                if watch is not None and array.size > 1:
+                    watch.prefilled((start + chunk.size) / array.size)
             if rows is None:
                 last = np.empty(self.n_vocab, np.float32)
                 self._copy_logits(-1, last)
@@ -229,7 +251,9 @@ class Context:
             )
         return np.ascontiguousarray(wide, dtype=np.int32)
 
-    def _decode_chunk(self, chunk: npt.NDArray[np.int32], outputs: int, seq: int) -> None:
+    def _decode_chunk(
+        self, chunk: npt.NDArray[np.int32], outputs: int, seq: int, watch: Watch | None
+    ) -> None:
         op = f"evaluating {chunk.size} tokens"
 
         def work() -> int:
@@ -243,11 +267,98 @@ class Context:
             )
             return check(status, op)
 
-        if chunk.size == 1:
-            work()  # one token is short: a thread switch would cost more than it saves
+        start_s = time.monotonic()
+        if chunk.size == 1 and self._step_s < SHORT_S:
+            work()  # a thread switch would cost more than it saves
         else:
-            run_cancellable(work, self._monitor)
+            self._run(work, watch)
+        if chunk.size == 1:
+            self._step_s = time.monotonic() - start_s
         self._n_tokens[seq] += chunk.size
+
+    def _run(self, work: Callable[[], int], watch: Watch | None) -> None:
+        try:
+            run_cancellable(work, self._monitor, None if watch is None else watch.go_on)
+        except CancelledError:
+            if watch is not None:
+                watch.check()  # says why
+            raise
+
+    def decode_mixed(
+        self, steps: Sequence[tuple[int, Sequence[int]]], *, watch: Watch | None = None
+    ) -> list[npt.NDArray[np.float32]]:
+        """Evaluate tokens of several sequences in one batch, each at the end of its own.
+
+        Args:
+            steps: Number of a sequence, and the token ids to append to it; at most ``n_batch`` ids together.
+            watch: May stop the call.
+
+        Returns:
+            For every step the logits after its last token, ``(n_vocab,) float32``.
+
+        Raises:
+            ArgumentError: Ids or sequences out of range, or too many; nothing was changed.
+            ContextFullError: No room in a sequence; nothing was changed.
+            CancelledError, InferenceError, MemoryLimitError: all sequences were cleared.
+        """
+        arrays = [self._check_ids(ids) for _, ids in steps]
+        n = sum(a.size for a in arrays)
+        seqs = [seq for seq, _ in steps]
+        if not 1 <= n <= self.n_batch or any(a.size == 0 for a in arrays) or len(set(seqs)) != len(seqs):
+            raise ArgumentError(
+                "evaluating a batch",
+                found=f"{n} tokens of {len(steps)} sequences",
+                expected=f"1 to n_batch = {self.n_batch} tokens, every sequence once",
+            )
+        for seq, array in zip(seqs, arrays, strict=True):
+            if self._n_tokens[seq] + array.size > self.n_ctx:
+                raise ContextFullError(
+                    f"evaluating {array.size} tokens of sequence {seq}",
+                    found=f"{self._n_tokens[seq] + array.size} tokens",
+                    expected=f"at most n_ctx = {self.n_ctx}",
+                )
+        tokens = np.concatenate(arrays)
+        starts = [self._n_tokens[seq] for seq in seqs]
+        pos = np.concatenate(
+            [np.arange(s, s + a.size, dtype=np.int32) for s, a in zip(starts, arrays, strict=True)]
+        )
+        owners = np.concatenate([np.full(a.size, s, np.int32) for s, a in zip(seqs, arrays, strict=True)])
+        lasts = np.cumsum([a.size for a in arrays]) - 1
+        outputs = np.zeros(n, np.int8)
+        outputs[lasts] = 1
+
+        def work() -> int:
+            status = lib.pyl_decode_mixed(
+                self.pointer,
+                ffi.from_buffer("int32_t[]", tokens),
+                ffi.from_buffer("int32_t[]", pos),
+                ffi.from_buffer("int32_t[]", owners),
+                ffi.from_buffer("int8_t[]", outputs),
+                n,
+            )
+            return check(status, f"evaluating {n} tokens of {len(steps)} sequences")
+
+        self._logits = None
+        try:
+            self._run(work, watch)
+            for seq, array in zip(seqs, arrays, strict=True):
+                self._n_tokens[seq] += array.size
+            rows = [np.empty(self.n_vocab, np.float32) for _ in steps]
+            for row, last in zip(rows, lasts, strict=True):
+                self._copy_logits(int(last), row)
+        except BaseException:
+            if self._pointer is not None:
+                self.clear()
+            raise
+        return rows
+
+    def drop(self, seq: int) -> None:
+        """Forget the tokens of one sequence."""
+        if not lib.llama_memory_seq_rm(lib.llama_get_memory(self.pointer), seq, -1, -1):
+            self.clear()
+            raise StateError(f"forgetting sequence {seq} failed", hint="All sequences were cleared.")
+        self._n_tokens[seq] = 0
+        self._logits = None
 
     def _copy_logits(self, index: int, out: npt.NDArray[np.float32]) -> None:
         status = lib.pyl_logits_copy(self.pointer, index, ffi.from_buffer("float[]", out), self.n_vocab)
@@ -277,8 +388,7 @@ class Context:
         Raises:
             StateError: It is damaged, or of another model, cache or level of rounding; all sequences were cleared.
         """
-        lib.llama_memory_seq_rm(lib.llama_get_memory(self.pointer), seq, -1, -1)
-        self._logits = None
+        self.drop(seq)
         log_tail(clear=True)
         read = lib.llama_state_seq_set_data(
             self.pointer, ffi.from_buffer("uint8_t[]", state), len(state), seq

@@ -1,18 +1,161 @@
-"""The token loop: sample, decode text, look for stop strings, evaluate."""
+"""The token loop: sample, decode text, look for stop strings, evaluate; and what a caller may ask of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
 
 from .context import Context
 from .errors import ArgumentError, ThreadError
-from .sampler import Sampler
+from .grammar import Grammar
+from .logprobs import TokenLogprobs, token_logprobs
+from .options import refuse_unknown
+from .sampler import SAMPLING_NAMES, Sampler, SamplingOptions
 from .session import Session
+from .stats import Stats
 from .tokenizer import StreamDecoder, Tokenizer
+from .watch import Watch
 
-__all__ = ["Piece", "StopFinder", "stop_list", "stream"]
+__all__ = [
+    "FinishReason",
+    "GenerationOptions",
+    "LogitsProcessor",
+    "Piece",
+    "Request",
+    "StopFinder",
+    "TextSteps",
+    "stop_list",
+    "stream",
+]
+
+FinishReason = Literal["stop", "length", "loop"]
+LogitsProcessor = Callable[[npt.NDArray[np.int32], npt.NDArray[np.float32]], "npt.NDArray[np.float32] | None"]
+
+N_LOGPROBS_MAX = 1000
+
+
+class GenerationOptions(SamplingOptions, total=False):
+    """Keywords of every generating method, besides those of ``SamplingOptions``.
+
+    Attributes:
+        stop: Strings that end the text; they are not part of it.
+        stop_token_ids: Token ids that end it, likewise.
+        grammar: GBNF that the text must follow, or a ``Grammar``.
+        logits_processor: Called as ``f(ids, logits)`` before each token with all ids so far, ``int32``, and the logits,
+            ``(n_vocab,) float32``, to be changed in place; or it returns others. One, or a list.
+        loop_guard: End with ``finish_reason="loop"`` when the last so many tokens are a piece of at most a quarter of
+            them over and over; 0 is off.
+        timeout: Seconds after which the call raises ``CancelledError``, waiting for other threads included.
+        stop_event: A ``threading.Event``; when it is set, the call raises ``CancelledError``.
+        on_prefill: Called with the fraction of the prompt that is evaluated; returning False cancels.
+    """
+
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int]
+    grammar: str | Grammar | None
+    logits_processor: LogitsProcessor | Sequence[LogitsProcessor] | None
+    loop_guard: int
+    timeout: float | None
+    stop_event: threading.Event | None
+    on_prefill: Callable[[float], bool | None] | None
+
+
+_OWN_NAMES = tuple(k for k in GenerationOptions.__annotations__ if k not in SAMPLING_NAMES)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of one generation, checked; sampling parameters apart.
+
+    Attributes:
+        max_tokens: Upper bound; None means until the context is full.
+        stops: Strings that end the text.
+        stop_ids: Token ids that end it.
+        grammar: What it must follow.
+        processors: See ``GenerationOptions.logits_processor``.
+        loop_guard: See ``GenerationOptions``.
+        n_logprobs: Alternatives per token whose log-probabilities are wanted; None wants none.
+        shown: Control tokens whose text is part of the output (the parser of an answer needs them).
+        watch: Stops the generation from outside.
+    """
+
+    max_tokens: int | None = None
+    stops: tuple[str, ...] = ()
+    stop_ids: frozenset[int] = frozenset()
+    grammar: Grammar | None = None
+    processors: tuple[LogitsProcessor, ...] = ()
+    loop_guard: int = 0
+    n_logprobs: int | None = None
+    shown: frozenset[int] = frozenset()
+    watch: Watch = field(default_factory=Watch)
+
+    @classmethod
+    def create(
+        cls,
+        where: str,
+        own: Sequence[str],
+        options: Mapping[str, Any],
+        *,
+        max_tokens: int | None,
+        n_logprobs: int | None = None,
+    ) -> tuple[Request, SamplingOptions]:
+        """Check the keywords of a generating method and part them from those of sampling.
+
+        Args:
+            where: The method, for messages.
+            own: Names of its other keywords, for messages.
+            options: ``GenerationOptions``.
+            max_tokens: See the attribute.
+            n_logprobs: See the attribute.
+
+        Raises:
+            UnknownOptionError, ArgumentError: naming the keyword.
+        """
+        known = (*_OWN_NAMES, *SAMPLING_NAMES)
+        refuse_unknown(where, [k for k in options if k not in known], [*own, *known])
+        for key, value, n_max in (
+            ("max_tokens", max_tokens, 2**31),
+            ("logprobs", n_logprobs, N_LOGPROBS_MAX),
+        ):
+            is_count = value is None or (isinstance(value, int) and not isinstance(value, bool))
+            if not is_count or (value is not None and not 0 <= value <= n_max):
+                raise ArgumentError(
+                    "generating", key=key, found=repr(value), expected=f"0 to {n_max}, or None"
+                )
+        loop_guard = options.get("loop_guard", 0)
+        if not isinstance(loop_guard, int) or not (loop_guard == 0 or 8 <= loop_guard <= 65536):
+            raise ArgumentError(
+                "generating", key="loop_guard", found=repr(loop_guard), expected="0 (off), or 8 to 65536"
+            )
+        grammar = options.get("grammar")
+        processors = options.get("logits_processor") or ()
+        request = cls(
+            max_tokens=max_tokens,
+            stops=tuple(stop_list(options.get("stop"))),
+            stop_ids=frozenset(int(i) for i in options.get("stop_token_ids") or ()),
+            grammar=Grammar(grammar) if isinstance(grammar, str) else grammar,
+            processors=(processors,) if callable(processors) else tuple(processors),
+            loop_guard=loop_guard,
+            n_logprobs=n_logprobs,
+            watch=Watch(options.get("timeout"), options.get("stop_event"), options.get("on_prefill")),
+        )
+        if request.grammar is not None and not isinstance(request.grammar, Grammar):
+            raise ArgumentError(
+                "generating", key="grammar", found=type(grammar).__name__, expected="GBNF text or a Grammar"
+            )
+        if not all(callable(p) for p in request.processors):
+            raise ArgumentError("generating", key="logits_processor", expected="functions")
+        sampling: Any = {k: v for k, v in options.items() if k in SAMPLING_NAMES}
+        return request, sampling
+
+    def but(self, **changes: Any) -> Request:
+        """Return the same request with other values."""
+        return replace(self, **changes)
 
 
 @dataclass(frozen=True)
@@ -23,11 +166,15 @@ class Piece:
         token: The sampled id; None in the last piece.
         text: Text that is certain by now: whole characters, no part of a stop string. May be empty.
         finish: In the last piece, why the generation ended.
+        logprobs: Of the token, if they were asked for.
+        stats: In the last piece, the counts.
     """
 
     token: int | None
     text: str
-    finish: Literal["stop", "length"] | None = None
+    finish: FinishReason | None = None
+    logprobs: TokenLogprobs | None = None
+    stats: Stats | None = None
 
 
 def stop_list(stop: str | Sequence[str] | None) -> list[str]:
@@ -79,61 +226,136 @@ class StopFinder:
         return out
 
 
+class LoopFinder:
+    """Tells when the newest tokens are one piece over and over.
+
+    Args:
+        n: How many tokens are looked at; the piece is at most a quarter of them.
+    """
+
+    def __init__(self, n: int) -> None:
+        self._n = n
+        self._ids = np.full(n // 4, -1, np.int64)  # newest first
+        self._runs = np.zeros(
+            n // 4, np.int64
+        )  # for each period, how many tokens in a row equalled the one before
+
+    def feed(self, token: int) -> bool:
+        """Take a token; return whether the last `n` repeat."""
+        self._runs = np.where(self._ids == token, self._runs + 1, 0)
+        self._ids = np.concatenate(([token], self._ids[:-1]))
+        return bool((self._runs + np.arange(1, len(self._runs) + 1) >= self._n).any())
+
+
+class TextSteps:
+    """Sampled tokens in, pieces of text out, until something ends the text.
+
+    Args:
+        tokenizer: Without a vocabulary pieces have ids only.
+        request: Its stops, bounds and shown tokens.
+
+    Attributes:
+        finish: Why the text ended, once it did.
+        n_tokens: Tokens taken, the one that ended it left out.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, request: Request) -> None:
+        self._tokenizer = tokenizer
+        self._request = request
+        self._decoder = StreamDecoder()
+        self._finder = StopFinder(request.stops)
+        self._loops = LoopFinder(request.loop_guard) if request.loop_guard else None
+        self.n_tokens = 0
+        self.finish: FinishReason | None = "length" if request.max_tokens == 0 else None
+
+    def feed(self, token: int) -> str | None:
+        """Return the text that is certain now; None if the token ends the text and is not part of it."""
+        tokenizer, request = self._tokenizer, self._request
+        if token in request.stop_ids or (tokenizer.has_vocab and tokenizer.is_eog(token)):
+            self.finish = "stop"
+            return None
+        self.n_tokens += 1
+        text = ""
+        if tokenizer.has_vocab and (token in request.shown or not tokenizer.is_special(token)):
+            text = self._finder.feed(self._decoder.feed(tokenizer.token_to_bytes(token)))
+        if self._finder.is_found:
+            self.finish = "stop"
+        elif self._loops is not None and self._loops.feed(token):
+            self.finish = "loop"
+        elif request.max_tokens is not None and self.n_tokens >= request.max_tokens:
+            self.finish = "length"
+        return text
+
+    def rest(self) -> str:
+        """Return the text that was held back."""
+        if self._finder.is_found:
+            return ""
+        return self._finder.feed(self._decoder.finish()) + self._finder.finish()
+
+
+def processed(
+    logits: npt.NDArray[np.float32], ids: npt.NDArray[np.int32], processors: Sequence[LogitsProcessor]
+) -> npt.NDArray[np.float32]:
+    """Return what `processors` make of the logits.
+
+    Raises:
+        ArgumentError: One returned something else than ``(n_vocab,)`` numbers.
+    """
+    out: npt.NDArray[np.float32] = logits.copy()
+    for process in processors:
+        returned = process(ids, out)
+        if returned is not None:
+            out = np.ascontiguousarray(returned, dtype=np.float32)
+            if out.shape != logits.shape:
+                raise ArgumentError(
+                    "a logits processor returned another shape", found=out.shape, expected=logits.shape
+                )
+    return out
+
+
 def stream(
-    context: Context,
-    session: Session,
-    tokenizer: Tokenizer,
-    sampler: Sampler,
-    *,
-    max_tokens: int | None,
-    stops: Sequence[str],
-    shown: frozenset[int] = frozenset(),
+    context: Context, session: Session, tokenizer: Tokenizer, sampler: Sampler, request: Request
 ) -> Iterator[Piece]:
-    """Generate from the session's present end until an end token, a stop string, `max_tokens` or a full context.
+    """Generate from the session's present end until something ends the text or the context is full.
 
     Args:
         context: Its logits are those of the last prompt token.
         session: Belongs to `context`; sampled tokens are appended.
-        tokenizer: For text and end tokens; without a vocabulary pieces have ids only.
+        tokenizer: For text and end tokens.
         sampler: Chooses the tokens.
-        max_tokens: Upper bound; None means until the context is full.
-        stops: Strings that end the text; they are not part of it.
-        shown: Control tokens whose text is part of the output (the parser of an answer needs them).
+        request: See ``Request``.
 
     Raises:
         ThreadError: Something else was evaluated on the session between two steps.
+        CancelledError: by ``request.watch``.
     """
-    decoder = StreamDecoder()
-    finder = StopFinder(stops)
-    n = 0
+    steps = TextSteps(tokenizer, request)
+    watch = request.watch
+    ids = np.asarray(session.ids, np.int32) if request.processors else np.empty(0, np.int32)
     pending: int | None = None  # sampled, handed out, not evaluated yet
     version = session.version
-    finish: Literal["stop", "length"] = "length"
-    while max_tokens is None or n < max_tokens:
+    while steps.finish is None:
         if version != session.version:
             raise ThreadError(
                 "this generation was interrupted: other tokens were evaluated on the same Llama",
                 hint="Finish or close one generation before starting the next.",
             )
+        watch.check()
         if pending is not None:
             if session.n_tokens >= context.n_ctx:
                 break
-            session.eval([pending])
+            session.eval([pending], watch=watch)
             version = session.version
-        token = sampler.sample(context.logits)
-        if tokenizer.has_vocab and tokenizer.is_eog(token):
-            finish = "stop"
+        logits = context.logits
+        if request.processors:
+            token = sampler.sample(processed(logits, ids, request.processors))
+            ids = np.append(ids, np.int32(token))
+        else:
+            token = sampler.sample(logits)
+        text = steps.feed(token)
+        if text is None:
             break
-        n += 1
         pending = token
-        text = ""
-        if tokenizer.has_vocab and (token in shown or not tokenizer.is_special(token)):
-            text = finder.feed(decoder.feed(tokenizer.token_to_bytes(token)))
-        yield Piece(token, text)
-        if finder.is_found:
-            finish = "stop"
-            break
-    rest = "" if finder.is_found else finder.feed(decoder.finish())
-    if not finder.is_found:
-        rest += finder.finish()
-    yield Piece(None, rest, finish)
+        n_top = request.n_logprobs
+        yield Piece(token, text, None, None if n_top is None else token_logprobs(logits, token, n_top))
+    yield Piece(None, steps.rest(), steps.finish or "length")

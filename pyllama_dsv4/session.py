@@ -15,6 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .context import Context
+from .errors import StateError
+from .prefix_cache import PrefixCache
+from .watch import Watch
 
 __all__ = ["Session"]
 
@@ -41,13 +44,15 @@ class Session:
 
     Args:
         context: Nothing else may evaluate on it.
+        prefix_cache: Where prompts are kept beyond this session.
 
     Attributes:
         version: Changes with every change of the sequence; lets a running generation notice another one.
     """
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, prefix_cache: PrefixCache | None = None) -> None:
         self._context = context
+        self._prefix_cache = prefix_cache
         self._ids: list[int] = []
         self._checkpoints: list[_Checkpoint] = []
         self.version = 0
@@ -68,11 +73,13 @@ class Session:
         self._checkpoints = []
         self._context.clear()
 
-    def eval(self, ids: Sequence[int], *, all_logits: bool = False) -> npt.NDArray[np.float32] | None:
+    def eval(
+        self, ids: Sequence[int], *, all_logits: bool = False, watch: Watch | None = None
+    ) -> npt.NDArray[np.float32] | None:
         """Append token ids; arguments, result and errors as ``Context.decode``."""
         self.version += 1
         try:
-            rows = self._context.decode(ids, all_logits=all_logits)
+            rows = self._context.decode(ids, all_logits=all_logits, watch=watch)
         except BaseException:
             if self._context.n_tokens != len(self._ids):  # cleared by a failed or cancelled batch
                 self._ids = []
@@ -80,21 +87,26 @@ class Session:
         self._ids.extend(int(i) for i in ids)
         return rows
 
-    def prefill(self, ids: Sequence[int]) -> int:
+    def prefill(self, ids: Sequence[int], *, watch: Watch | None = None) -> int:
         """Make the cache hold exactly `ids`, evaluating as little as possible.
 
         Args:
             ids: The whole prompt, at least one id.
+            watch: May stop the call.
 
         Returns:
             How many of its tokens were in the cache already.
         """
         n_cached = self._reuse(ids)
+        if self._prefix_cache is not None:
+            n_cached = self._fetch(self._prefix_cache, ids, n_cached)
         if len(ids) - n_cached > 1:
-            self.eval(ids[n_cached:-1])
+            self.eval(ids[n_cached:-1], watch=watch)
             self._save_checkpoint()
+            if self._prefix_cache is not None:
+                self._prefix_cache.store(self._ids, self._checkpoints[-1].state)
         if self.n_tokens < len(ids):
-            self.eval(ids[self.n_tokens :])
+            self.eval(ids[self.n_tokens :], watch=watch)
         return n_cached
 
     def restore(
@@ -127,6 +139,20 @@ class Session:
         self._context.restore_state(best.state, len(best.ids))
         self._ids = list(best.ids)
         return len(best.ids)
+
+    def _fetch(self, cache: PrefixCache, ids: Sequence[int], n_cached: int) -> int:
+        """Take a longer prefix from the cache on disk, if it has one; return how many tokens are there now."""
+        state = cache.find(ids[:-1], n_cached)
+        if state is None:
+            return n_cached
+        self.version += 1
+        try:
+            self._ids = []
+            self._context.restore_state(state.engine, len(state.ids))
+            self._ids = list(state.ids)
+        except StateError:
+            return 0  # the engine refused it and cleared the cache
+        return len(self._ids)
 
     def _save_checkpoint(self) -> None:
         self._checkpoints = [c for c in self._checkpoints if c.ids != self._ids]

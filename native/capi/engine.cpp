@@ -1,4 +1,4 @@
-// Loading, evaluating and sampling behind status codes. Preconditions that upstream asserts are checked here or in
+// Loading and evaluating behind status codes. Preconditions that upstream asserts are checked here or in
 // Python, because an assert ends the process.
 
 #include "error.h"
@@ -8,8 +8,7 @@
 #include "llama-arch.h"
 #include "llama-ext.h"
 
-#include <climits>
-#include <cmath>
+#include <algorithm>
 #include <vector>
 
 namespace {
@@ -30,8 +29,8 @@ bool on_abort_poll(void * data) {
     return is_cancelled(static_cast<pyl_monitor *>(data));
 }
 
-// Batch of one sequence; the arrays outlive the call that uses `view`.
-struct seq_batch {
+// The arrays of a batch; they outlive the call that uses `view`.
+struct token_batch {
     std::vector<llama_pos>      pos;
     std::vector<int32_t>        n_seq_id;
     std::vector<llama_seq_id>   ids;
@@ -39,14 +38,9 @@ struct seq_batch {
     std::vector<int8_t>         outputs;
     llama_batch                 view = {};
 
-    seq_batch(const int32_t * tokens, int32_t n, int32_t pos0, int32_t seq, pyl_outputs mode) :
-        pos(n), n_seq_id(n, 1), ids(1, seq), seq_id(n + 1, nullptr), outputs(n, mode == PYL_OUTPUTS_ALL) {
+    token_batch(const int32_t * tokens, int32_t n) : pos(n), n_seq_id(n, 1), ids(n), seq_id(n + 1, nullptr), outputs(n) {
         for (int32_t i = 0; i < n; ++i) {
-            pos[i]    = pos0 + i;
-            seq_id[i] = ids.data();
-        }
-        if (mode == PYL_OUTPUTS_LAST) {
-            outputs[n - 1] = 1;
+            seq_id[i] = &ids[i];
         }
         view.n_tokens = n;
         view.token    = const_cast<llama_token *>(tokens); // llama_decode does not write through it
@@ -56,6 +50,24 @@ struct seq_batch {
         view.logits   = outputs.data();
     }
 };
+
+int32_t decode(llama_context * ctx, const token_batch & batch) {
+    switch (llama_decode(ctx, batch.view)) {
+        case  0: llama_synchronize(ctx); return PYL_OK;
+        case  1: pyl_set_error("no room in the KV cache for this batch"); return PYL_CONTEXT_FULL;
+        case  2: pyl_set_error("cancelled"); return PYL_CANCELLED;
+        case -1: pyl_set_error("the batch is invalid (token id or position)"); return PYL_ERROR_ARGUMENT;
+        default: pyl_set_error("the computation failed"); return PYL_ERROR;
+    }
+}
+
+bool is_batch_size(const llama_context * ctx, int32_t n_tokens) {
+    return n_tokens >= 1 && n_tokens <= int32_t(llama_n_batch(ctx));
+}
+
+bool is_place(const llama_context * ctx, int32_t pos, int32_t seq_id) {
+    return pos >= 0 && seq_id >= 0 && seq_id < int32_t(llama_n_seq_max(ctx));
+}
 
 } // namespace
 
@@ -116,19 +128,36 @@ struct llama_context * pyl_context_init(
 int32_t pyl_decode(struct llama_context * ctx, const int32_t * tokens, int32_t n_tokens, int32_t pos, int32_t seq_id,
         enum pyl_outputs outputs) {
     return pyl_guard([&]() -> int32_t {
-        if (n_tokens < 1 || n_tokens > int32_t(llama_n_batch(ctx)) || pos < 0 ||
-            seq_id < 0 || seq_id >= int32_t(llama_n_seq_max(ctx))) {
+        if (!is_batch_size(ctx, n_tokens) || !is_place(ctx, pos, seq_id)) {
             pyl_set_error("batch size, position or sequence id out of range");
             return PYL_ERROR_ARGUMENT;
         }
-        seq_batch batch(tokens, n_tokens, pos, seq_id, outputs);
-        switch (llama_decode(ctx, batch.view)) {
-            case  0: llama_synchronize(ctx); return PYL_OK;
-            case  1: pyl_set_error("no room in the KV cache for this batch"); return PYL_CONTEXT_FULL;
-            case  2: pyl_set_error("cancelled"); return PYL_CANCELLED;
-            case -1: pyl_set_error("the batch is invalid (token id or position)"); return PYL_ERROR_ARGUMENT;
-            default: pyl_set_error("the computation failed"); return PYL_ERROR;
+        token_batch batch(tokens, n_tokens);
+        for (int32_t i = 0; i < n_tokens; ++i) {
+            batch.pos[i]     = pos + i;
+            batch.ids[i]     = seq_id;
+            batch.outputs[i] = outputs == PYL_OUTPUTS_ALL || (outputs == PYL_OUTPUTS_LAST && i == n_tokens - 1);
         }
+        return decode(ctx, batch);
+    });
+}
+
+int32_t pyl_decode_mixed(struct llama_context * ctx, const int32_t * tokens, const int32_t * pos, const int32_t * seq_id,
+        const int8_t * outputs, int32_t n_tokens) {
+    return pyl_guard([&]() -> int32_t {
+        bool is_valid = is_batch_size(ctx, n_tokens);
+        for (int32_t i = 0; i < n_tokens && is_valid; ++i) {
+            is_valid = is_place(ctx, pos[i], seq_id[i]);
+        }
+        if (!is_valid) {
+            pyl_set_error("batch size, position or sequence id out of range");
+            return PYL_ERROR_ARGUMENT;
+        }
+        token_batch batch(tokens, n_tokens);
+        std::copy(pos, pos + n_tokens, batch.pos.begin());
+        std::copy(seq_id, seq_id + n_tokens, batch.ids.begin());
+        std::copy(outputs, outputs + n_tokens, batch.outputs.begin());
+        return decode(ctx, batch);
     });
 }
 
@@ -141,33 +170,6 @@ int32_t pyl_logits_copy(struct llama_context * ctx, int32_t i, float * out, int3
         }
         std::copy(logits, logits + n_vocab, out);
         return PYL_OK;
-    });
-}
-
-int32_t pyl_sample(struct llama_sampler * chain, const float * logits, int32_t n_vocab, llama_token_data * scratch) {
-    return pyl_guard([&]() -> int32_t {
-        bool any_finite = false;
-        for (int32_t i = 0; i < n_vocab; ++i) {
-            if (std::isnan(logits[i])) {
-                pyl_set_error("the logits contain NaN");
-                return PYL_ERROR_ARGUMENT;
-            }
-            any_finite |= std::isfinite(logits[i]);
-            scratch[i] = { i, logits[i], 0.0f };
-        }
-        if (!any_finite) {
-            pyl_set_error("no logit is finite");
-            return PYL_ERROR_ARGUMENT;
-        }
-        llama_token_data_array candidates = { scratch, size_t(n_vocab), -1, false };
-        llama_sampler_apply(chain, &candidates);
-        if (candidates.selected < 0 || candidates.selected >= int64_t(candidates.size)) {
-            pyl_set_error("the sampler chain selected no token");
-            return PYL_ERROR;
-        }
-        const llama_token id = candidates.data[candidates.selected].id;
-        llama_sampler_accept(chain, id);
-        return id;
     });
 }
 

@@ -65,6 +65,7 @@ json parse_json(const std::string & text, const char * what) {
 
 struct request {
     common_chat_templates_inputs inputs;
+    std::string                  tool_name; // the one tool that may be called; the prompt shows all
 
     explicit request(const std::string & text) {
         const json body = parse_json(text, "request");
@@ -89,6 +90,14 @@ struct request {
                 throw;
             } catch (const std::exception & err) {
                 throw bad_request("request: '" + key + "': " + err.what());
+            }
+        }
+        if (!tool_name.empty()) {
+            auto & tools = inputs.tools;
+            tools.erase(std::remove_if(tools.begin(), tools.end(),
+                    [&](const common_chat_tool & tool) { return tool.name != tool_name; }), tools.end());
+            if (tools.empty()) {
+                throw bad_request("request: 'tool_name' names no tool");
             }
         }
     }
@@ -117,6 +126,8 @@ struct request {
             }
         } else if (key == "tool_choice") {
             inputs.tool_choice = common_chat_tool_choice_parse_oaicompat(value.get<std::string>());
+        } else if (key == "tool_name") {
+            tool_name = value.get<std::string>();
         } else if (key == "parallel_tool_calls") {
             inputs.parallel_tool_calls = value.get<bool>();
         } else if (key == "json_schema") {
@@ -276,12 +287,14 @@ int32_t pyl_chat_format(const struct pyl_chat * chat, const char * request_json,
                 preserved.push_back(ids[0]);
             }
         }
+        const auto generation = chat->tokenizer.tokenize({ { params.generation_prompt, false } });
         set_out(out, json{
             { "tokens",            tokens                         },
             { "parts",             j_parts                        },
             { "parser",            parser_state(params, req.inputs) },
             { "grammar",           params.grammar                 },
             { "grammar_lazy",      params.grammar_lazy            },
+            { "generation_tokens", generation                     },
             { "grammar_triggers",  j_triggers                     },
             { "preserved_tokens",  preserved                      },
             { "stops",             params.additional_stops        },

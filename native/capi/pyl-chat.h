@@ -1,9 +1,9 @@
 // Chat: messages to the exact prompt (token ids), and generated text back to messages.
 //
 // Owns: the seam to upstream's chat engine (templates, tool grammar, reasoning and DSML parsing) as strings in, JSON
-// out. Leaves checking and normalising of messages and the shapes of answers to pyllama_dsv4/chat.py, and the
-// tokeniser that knows message text from template text to native/llama/prompt-tokens. Included by pyllama.h; the file
-// is not called chat.h because upstream's is. Parsed by pycparser: plain C, no macros in declarations.
+// out. Leaves checking and normalising of messages to pyllama_dsv4/chat_request.py, the shapes of answers to
+// responses.py, and the tokeniser that knows message text from template text to native/llama/prompt-tokens. Included
+// by pyllama.h; the file is not called chat.h because upstream is. Parsed by pycparser: plain C, no macros.
 
 #pragma once
 
@@ -31,6 +31,7 @@ void pyl_chat_free(struct pyl_chat * chat);
 // request: {"messages": [...], "add_generation_prompt": bool, "thinking": bool}, in OpenAI's form, and optionally
 //   "tools": [...]              OpenAI function tools; written into the prompt as given
 //   "tool_choice": "auto" | "required" | "none"    "parallel_tool_calls": bool (true)
+//   "tool_name": str            the only tool that may be called; with "tool_choice": "required"
 //   "json_schema": {...}        the answer must follow it
 //   "template_kwargs": {...}    further variables of the template, e.g. {"reasoning_effort": "max"}
 // Other members are refused.
@@ -42,6 +43,7 @@ void pyl_chat_free(struct pyl_chat * chat);
 //   "grammar": str,             GBNF, or ""; grammar_lazy: from the first of grammar_triggers on
 //   "grammar_lazy": bool, "grammar_triggers": [{"type": "token"|"word"|"pattern"|"pattern_full", "value": str}],
 //   "preserved_tokens": [ids],  named tokens whose text the parser needs to see
+//   "generation_tokens": [ids], end of the prompt that a grammar which is not lazy begins with
 //   "stops": [str],             strings that end the answer, besides the vocabulary's end-of-generation tokens
 //   "supports_thinking": bool }
 int32_t pyl_chat_format(const struct pyl_chat * chat, const char * request, char ** out);

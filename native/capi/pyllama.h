@@ -72,12 +72,47 @@ enum pyl_outputs {
 int32_t pyl_decode(struct llama_context * ctx, const int32_t * tokens, int32_t n_tokens, int32_t pos, int32_t seq_id,
         enum pyl_outputs outputs);
 
+// Evaluate a mixed batch: n_tokens (at most n_batch) tokens, each with its position and sequence; outputs[i] != 0 wants
+// the logits of token i. Status and memory as with pyl_decode.
+int32_t pyl_decode_mixed(struct llama_context * ctx, const int32_t * tokens, const int32_t * pos, const int32_t * seq_id,
+        const int8_t * outputs, int32_t n_tokens);
+
 // Copy the logits of token i of the last decoded batch (-1: the last output) to out[n_vocab].
 int32_t pyl_logits_copy(struct llama_context * ctx, int32_t i, float * out, int32_t n_vocab);
 
-// Sample from logits[n_vocab] with the chain and accept the token. Returns the id, or a negative pyl_status
-// (PYL_ERROR_ARGUMENT when no logit is finite or one is NaN). scratch[n_vocab] is overwritten.
-int32_t pyl_sample(struct llama_sampler * chain, const float * logits, int32_t n_vocab, llama_token_data * scratch);
+// --- sampling ---
+
+struct pyl_sampler; // a grammar, if one was set, and upstream's sampler chain; for one thread at a time
+
+// vocab may be one without tokens, if no grammar is set; it must outlive the sampler. NULL on failure.
+struct pyl_sampler * pyl_sampler_init(const struct llama_vocab * vocab, int32_t n_vocab);
+void                 pyl_sampler_free(struct pyl_sampler * sampler);
+
+// Append a stage, which belongs to the sampler from now on.
+int32_t pyl_sampler_add(struct pyl_sampler * sampler, struct llama_sampler * stage);
+
+// Set the grammar (GBNF with a rule "root"). It holds after the token `start` (-1: at once), and with words from the
+// first of them on that comes then. PYL_ERROR_ARGUMENT: it cannot be used; pyl_last_error() says why.
+int32_t pyl_sampler_set_grammar(struct pyl_sampler * sampler, const char * grammar, const char ** words,
+        int32_t n_words, int32_t start);
+
+// Move the grammar, not the chain, past a token that the prompt ends with.
+int32_t pyl_sampler_prefill(struct pyl_sampler * sampler, int32_t token);
+
+// Let the chain, not the grammar, know a token of the prompt.
+void pyl_sampler_accept(struct pyl_sampler * sampler, int32_t token);
+
+// Sample from logits[n_vocab] and accept the token. Returns the id, or a negative pyl_status (PYL_ERROR_ARGUMENT when
+// no logit is finite or one is NaN).
+int32_t pyl_sampler_sample(struct pyl_sampler * sampler, const float * logits);
+
+// The grammar that a JSON schema stands for. On PYL_OK *grammar is to be freed with pyl_string_free;
+// PYL_ERROR_ARGUMENT: it cannot be expressed, pyl_last_error() says why.
+int32_t pyl_grammar_of_schema(const char * schema, char ** grammar);
+
+// Log-probability of a token by logits[n_vocab], and the n_top most likely tokens, most likely first.
+int32_t pyl_logprobs(const float * logits, int32_t n_vocab, int32_t token, int32_t n_top, float * logprob,
+        int32_t * top_ids, float * top_logprobs);
 
 // --- rounding of activations ---
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from pyllama_dsv4 import Llama, Progress, errors
+from pyllama_dsv4.generate import Request
 
 IDS = [int(i) for i in np.random.default_rng(0).integers(0, 320, 300)]
 
@@ -148,27 +149,27 @@ def test_repeat_penalty_pushes_a_repeated_token_down(llm: Llama) -> None:
 
 
 def test_generation_is_deterministic_at_temperature_zero(llm: Llama) -> None:
-    first = [p.token for p in llm._pieces(IDS[:50], llm._params({"temperature": 0}), max_tokens=16, stops=[])]
-    again = [p.token for p in llm._pieces(IDS[:50], llm._params({"temperature": 0}), max_tokens=16, stops=[])]
+    first = [p.token for p in llm._pieces(IDS[:50], llm._params({"temperature": 0}), Request(max_tokens=16))]
+    again = [p.token for p in llm._pieces(IDS[:50], llm._params({"temperature": 0}), Request(max_tokens=16))]
     assert first == again
     assert llm.stats.n_tokens_cached == 49  # the checkpoint before the prompt's last token
 
 
 def test_a_changed_prompt_reuses_the_checkpoint_and_matches_a_fresh_run(tiny_model: Path, llm: Llama) -> None:
     params = llm._params({"temperature": 0})
-    list(llm._pieces(IDS[:130], params, max_tokens=10, stops=[]))
+    list(llm._pieces(IDS[:130], params, Request(max_tokens=10)))
     changed = [*IDS[:129], 7, 8]
-    reused = [p.token for p in llm._pieces(changed, params, max_tokens=10, stops=[])]
+    reused = [p.token for p in llm._pieces(changed, params, Request(max_tokens=10))]
     assert llm.stats.n_tokens_cached == 129
     with Llama(tiny_model, n_ctx=512, n_threads=1, warmup=False) as fresh:
-        assert [p.token for p in fresh._pieces(changed, params, max_tokens=10, stops=[])] == reused
+        assert [p.token for p in fresh._pieces(changed, params, Request(max_tokens=10))] == reused
 
 
 def test_two_generations_at_once_are_noticed(llm: Llama) -> None:
     params = llm._params({"temperature": 0})
-    first = llm._pieces(IDS[:10], params, max_tokens=10, stops=[])
+    first = llm._pieces(IDS[:10], params, Request(max_tokens=10))
     next(first)
-    second = llm._pieces(IDS[10:20], params, max_tokens=10, stops=[])
+    second = llm._pieces(IDS[10:20], params, Request(max_tokens=10))
     next(second)
     with pytest.raises(errors.ThreadError, match="interrupted"):
         list(first)
@@ -227,20 +228,25 @@ def test_close_is_idempotent_and_use_after_close_is_named(tiny_model: Path) -> N
             use()
 
 
-def test_another_thread_is_refused_while_one_evaluates(llm: Llama) -> None:
-    caught: list[BaseException] = []
+def test_another_thread_waits_while_one_evaluates(llm: Llama) -> None:
+    done = threading.Event()
 
     def other() -> None:
-        try:
-            llm.eval([1])
-        except errors.PyllamaError as error:
-            caught.append(error)
+        llm.eval([1])
+        done.set()
 
     with llm._use():
         thread = threading.Thread(target=other)
         thread.start()
-        thread.join()
-    assert isinstance(caught[0], errors.ThreadError)
+        assert not done.wait(0.2)
+    assert done.wait(30)
+    thread.join()
+    assert llm.n_tokens == 1
+
+
+def test_use_from_a_callback_of_its_own_call_is_refused(llm: Llama) -> None:
+    with pytest.raises(errors.ThreadError, match="callback"):
+        list(llm.generate(IDS[:9], max_tokens=2, on_prefill=lambda fraction: llm.reset()))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

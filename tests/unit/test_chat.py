@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from pyllama_dsv4 import chat
+from pyllama_dsv4 import chat, responses
 from pyllama_dsv4.chat import AnswerReader, ChatPrompt, ChatRequest
+from pyllama_dsv4.chat_request import N_NESTED_MAX
 from pyllama_dsv4.errors import ArgumentError, ChatError
 
 USER = {"role": "user", "content": "hi"}
@@ -215,9 +216,9 @@ def test_nesting_is_bounded() -> None:
     def tool(depth: int) -> dict[str, Any]:
         return {"type": "function", "function": {"name": "a", "x": nested(depth)}}
 
-    ChatRequest.create([USER], tools=[tool(chat.N_NESTED_MAX - 1)])
+    ChatRequest.create([USER], tools=[tool(N_NESTED_MAX - 1)])
     with pytest.raises(ChatError, match="nesting"):
-        ChatRequest.create([USER], tools=[tool(chat.N_NESTED_MAX)])
+        ChatRequest.create([USER], tools=[tool(N_NESTED_MAX)])
 
 
 def test_tools_are_copied_with_all_their_members() -> None:
@@ -296,6 +297,7 @@ def test_a_prompt_is_read_from_json() -> None:
         "grammar": "root ::= x",
         "grammar_lazy": True,
         "grammar_triggers": [{"type": "word", "value": "<x>"}],
+        "generation_tokens": [7],
         "preserved_tokens": [7],
         "stops": [],
         "supports_thinking": True,
@@ -415,50 +417,51 @@ def test_finish_reason_says_tool_calls_only_for_whole_calls(
 
 
 def test_shapes() -> None:
-    head = chat.ResponseHead("chatcmpl-1", 1700000000, "m")
-    counts = chat.usage(5, 3, 2)
+    head = responses.ResponseHead("chatcmpl-1", 1700000000, "m", "fp")
+    counts = responses.usage(5, 3, 2, 1)
     assert counts == {
         "prompt_tokens": 5,
         "completion_tokens": 3,
         "total_tokens": 8,
         "prompt_tokens_details": {"cached_tokens": 2},
+        "completion_tokens_details": {"reasoning_tokens": 1},
     }
-    common = {"id": "chatcmpl-1", "created": 1700000000, "model": "m"}
+    common = {"id": "chatcmpl-1", "created": 1700000000, "model": "m", "system_fingerprint": "fp"}
     message: chat.AssistantMessage = {"role": "assistant", "content": "x"}
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
-    assert chat.chat_completion(head, message, "stop", counts) == {
+    choice = responses.chat_choice(0, message, "stop")
+    assert choice == {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
+    assert responses.chat_choice(1, message, "stop", "<x")["unparsed"] == "<x"
+    assert responses.chat_completion(head, [choice], counts) == {
         **common,
         "object": "chat.completion",
         "choices": [choice],
         "usage": counts,
     }
-    broken = chat.chat_completion(head, message, "stop", counts, unparsed="<x")
-    assert broken["choices"] == [{**choice, "unparsed": "<x"}]
-    assert chat.chat_completion_chunk(head, {"role": "assistant"}) == {
+    assert responses.chat_completion_chunk(head, 0, {"role": "assistant"}) == {
         **common,
         "object": "chat.completion.chunk",
         "choices": [{"index": 0, "delta": {"role": "assistant"}, "logprobs": None, "finish_reason": None}],
     }
-    last = chat.chat_completion_chunk(head, {}, "length", counts, unparsed="y")
+    last = responses.chat_completion_chunk(head, 2, {}, "length", counts, "y")
     assert last["usage"] == counts
     assert last["choices"][0] == {
-        "index": 0,
+        "index": 2,
         "delta": {},
         "logprobs": None,
         "finish_reason": "length",
         "unparsed": "y",
     }
-    text = chat.completion(head, "abc", "stop", counts)
+    text = responses.completion(head, 0, "abc", "stop", counts)
     assert text == {
         **common,
         "object": "text_completion",
         "choices": [{"index": 0, "text": "abc", "logprobs": None, "finish_reason": "stop"}],
         "usage": counts,
     }
-    assert "usage" not in chat.completion(head, "abc", None)
+    assert "usage" not in responses.completion(head, 0, "abc")
 
 
 def test_heads_differ() -> None:
-    first, second = (chat.ResponseHead.new("cmpl", "m") for _ in range(2))
+    first, second = (responses.ResponseHead.new("cmpl", "m", "fp") for _ in range(2))
     assert first.id != second.id
     assert first.id.startswith("cmpl-")

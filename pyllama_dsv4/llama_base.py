@@ -1,0 +1,448 @@
+"""What every ``Llama`` does before it generates: opening, closing, facts, text, evaluation, sampling.
+
+Owns the native objects (model, context, tokenizer, sampler, session, warm-up), keeps them together and closes them in
+order, and refuses use after close, after a fork and from two threads. Completions and chats are the layers above.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from ._native import build_info, lib, logger, series_digest
+from .chat_engine import ChatEngine
+from .context import Context
+from .errors import ArgumentError, ClosedError, ContextFullError, ThreadError
+from .header import HeaderReport, check_header, read_header
+from .machine import working_set_bytes
+from .model import Model
+from .options import keyword_names, refuse_unknown
+from .plan import N_CTX_DEFAULT, Plan, plan_model
+from .prefix_cache import BYTES_MAX, PrefixCache
+from .sampler import SAMPLING_NAMES, Sampler, SamplingOptions, SamplingParams
+from .session import Session
+from .state import model_fingerprint
+from .stats import Stats
+from .tokenizer import Tokenizer
+from .turns import Turns
+from .warmup import Progress, Warmup
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
+__all__ = ["LlamaBase"]
+
+
+def _sampling_defaults(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sampling parameters that the file recommends."""
+    keys = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
+    found = {name: metadata.get(f"general.sampling.{key}") for key, name in keys.items()}
+    return {name: value for name, value in found.items() if isinstance(value, (int, float))}
+
+
+def _n_threads_default() -> int:
+    n_cores = int(lib.pyl_n_cores())
+    affinity = getattr(os, "sched_getaffinity", None)
+    return max(1, min(n_cores, len(affinity(0)) if affinity else n_cores))
+
+
+class LlamaBase:
+    """An open model with one context; see ``Llama``."""
+
+    def __init__(
+        self,
+        model_path: str | os.PathLike[str],
+        *,
+        n_ctx: int = N_CTX_DEFAULT,
+        n_batch: int = 512,
+        n_ubatch: int = 512,
+        n_threads: int | None = None,
+        n_gpu_layers: int | Literal["auto"] = "auto",
+        use_mmap: bool = True,
+        use_mlock: bool = False,
+        cache_type: str = "f16",
+        act_quant: Literal["none", "cache", "full"] = "cache",
+        flash_attn: Literal["auto", "on", "off"] = "auto",
+        seed: int | None = None,
+        chat_template: str | None = None,
+        progress: Callable[[Progress], bool | None] | None = None,
+        prefix_cache: str | os.PathLike[str] | None = None,
+        prefix_cache_bytes: int = BYTES_MAX,
+        warmup: bool = True,
+        verbose: bool = False,
+        **unknown: NoReturn,
+    ) -> None:
+        """Open a model.
+
+        Args:
+            model_path: GGUF file: DeepSeek-V4 in the native or the upstream dialect, or any other model that the
+                pinned llama.cpp runs. The first shard of a split model.
+            n_ctx: Tokens the context holds.
+            n_batch: Tokens per call to the engine at most.
+            n_ubatch: Tokens evaluated at once at most; more is faster for prompts and takes more memory.
+            n_threads: CPU threads; None takes the physical cores that this process may use.
+            n_gpu_layers: ``"auto"`` places all layers on a GPU if this build supports one, else none; or a number.
+            use_mmap: Map the file. Pages are then read when they are needed, and ahead of that by a background thread.
+            use_mlock: Keep the model's pages in memory.
+            cache_type: Type of the KV cache: ``f32``, ``f16``, ``bf16`` or ``q8_0``.
+            flash_attn: ``"on"``, ``"off"`` or ``"auto"``: attention in one operation, which needs less memory and is
+                faster for long contexts, but rounds to F16 inside.
+            act_quant: What is rounded to FP8 and FP4 as DeepSeek's own code does it: ``none``, ``cache`` (rows that are
+                kept and the indexer's queries, which the model was trained with) or ``full`` (also the inputs of all
+                FP8 and FP4 products). Other models ignore it.
+            seed: Of all sampling that gives none itself; None draws one per generation. Equal seeds give equal text on
+                the same build, threads and batch sizes.
+            chat_template: Jinja text instead of the file's chat template.
+            progress: Called with a ``Progress`` during the load (in this thread or a helper's) and the warm-up (from
+                the warm-up's thread); returning False cancels the load or stops the warm-up.
+            prefix_cache: Folder in which evaluated prompts are kept for this and other processes; None keeps them in
+                memory only. Belongs to the model, the build and the settings that a cache depends on.
+            prefix_cache_bytes: Size of that folder at most; what was used longest ago is removed.
+            warmup: Read the mapped file into the page cache in the background, as far as memory reaches.
+            verbose: Print the engine's log to stderr through ``logging``.
+
+        Attributes:
+            plan: What the load takes and yields, made before it.
+
+        Raises:
+            ModelNotFoundError, ModelFileError, FormatError and its subclasses: the file, before the engine sees it.
+            ModelLoadError: The engine refused the file.
+            MemoryLimitError: Not enough memory for the model or the context.
+            CancelledError: `progress` returned False.
+            ArgumentError, UnknownOptionError: an argument.
+
+        Threads may share it: generations queue, first come, first served. Close it, or use it as a context manager; a
+        forked child must open its own.
+        """
+        refuse_unknown("Llama", unknown, keyword_names(LlamaBase.__init__))
+        if verbose:
+            _log_to_stderr()
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._owner: int | None = None  # thread that holds the lock
+        self._turns = Turns()
+        self._warmup: Warmup | None = None
+        self._engine: ChatEngine | None = None
+        self._sampler: Sampler | None = None
+        self._is_closed = False
+        self._chat_template = chat_template
+        self._cache_type = cache_type
+        self._act_quant = act_quant
+        self._seed = SamplingParams(seed=seed).seed  # checked there
+        self.stats = Stats()
+
+        header = read_header(model_path)
+        # a V4 file is checked in full; others the engine checks by itself, if it knows them at all
+        is_other = header.architecture not in (None, "deepseek4") and bool(
+            lib.pyl_knows_architecture((header.architecture or "").encode("utf-8"))
+        )
+        self._report: HeaderReport = check_header(header, any_architecture=is_other)
+        self.plan: Plan = plan_model(
+            self._report,
+            n_ctx=n_ctx,
+            n_batch=n_batch,
+            n_ubatch=n_ubatch,
+            cache_type=cache_type,
+            act_quant=act_quant,
+            is_mapped=use_mmap and not use_mlock,
+        )
+        logger.info("%s: %s", header.path, self.plan.line())
+        self.plan.check()
+        if n_gpu_layers == "auto":
+            n_gpu_layers = -1 if lib.llama_supports_gpu_offload() else 0
+        self._model = Model(
+            model_path,
+            n_gpu_layers=n_gpu_layers,
+            use_mmap=use_mmap,
+            use_mlock=use_mlock,
+            on_progress=None if progress is None else lambda f: progress(Progress("load", f)) is not False,
+        )
+        try:
+            self._context_options: dict[str, Any] = {
+                "n_ctx": n_ctx,
+                "n_batch": n_batch,
+                "n_ubatch": n_ubatch,
+                "n_threads": _n_threads_default() if n_threads is None else n_threads,
+                "cache_type": cache_type,
+                "act_quant": act_quant,
+                "flash_attn": flash_attn,
+            }
+            self._context = Context(self._model, **self._context_options)
+        except BaseException:
+            self._model.close()
+            raise
+        self._tokenizer = Tokenizer(self._model)
+        try:
+            disk = (
+                None
+                if prefix_cache is None
+                else PrefixCache(prefix_cache, self._state_identity(), prefix_cache_bytes)
+            )
+        except BaseException:
+            self._context.close()
+            self._model.close()
+            raise
+        self._session = Session(self._context, disk)
+        self._sampling_defaults = _sampling_defaults(self._report.header.metadata)
+        if progress is not None:
+            progress(Progress("load", 1.0))
+        if use_mmap and warmup and not use_mlock:
+            self._warmup = Warmup(_warm_ranges(self._report), progress)
+            self._warmup.start()
+
+    # --- lifetime ---
+
+    def close(self) -> None:
+        """Stop the warm-up and free everything. Idempotent."""
+        if self._is_closed:
+            return
+        with self._use():  # another thread's step ends first
+            self._is_closed = True
+            if self._warmup is not None:
+                self._warmup.stop()
+            for owner in (self._engine, self._sampler, self._context, self._model):
+                if owner is not None:
+                    owner.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        if self._is_closed:
+            return f"<Llama {self._model.path.name}: closed>"
+        return f"<Llama {self._model.path.name}: {self.desc}, n_ctx={self._context.n_ctx}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Llama cannot be pickled; pass its path and open it again in the other process")
+
+    @contextmanager
+    def _use(self) -> Iterator[None]:
+        """Keep the native objects for one step; refuse use after close, after a fork and from a callback of a step.
+
+        Other threads wait.
+        """
+        if os.getpid() != self._pid:
+            raise ThreadError(
+                "this Llama was opened by the parent of this process",
+                hint="Engine threads do not survive a fork; open the model again in the child.",
+            )
+        me = threading.get_ident()
+        if self._owner == me:
+            raise ThreadError(
+                "this Llama was used by a callback of its own call",
+                hint="A callback may look at what it is given; use the Llama after the call.",
+            )
+        with self._lock:
+            if self._is_closed:
+                raise ClosedError("this Llama is closed")
+            self._owner = me
+            try:
+                yield
+            finally:
+                self._owner = None
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        """Like ``_use``, for what changes the sequence: generations of other threads end first."""
+        if self._is_closed:
+            raise ClosedError("this Llama is closed")
+        with self._turns.take(), self._use():
+            yield
+
+    # --- facts ---
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """The file's metadata, typed; arrays are read when looked into."""
+        return self._report.header.metadata
+
+    def _state_identity(self) -> dict[str, str]:
+        return {
+            "model": self.fingerprint,
+            "engine": build_info()["llama.cpp"],
+            "patches": series_digest(),
+            "cache type": self._cache_type,
+            "act_quant": self._act_quant,
+        }
+
+    @cached_property
+    def system_fingerprint(self) -> str:
+        """What answers depend on besides the request: pinned commit, patches, and the model's ``fingerprint``."""
+        return f"fp_{build_info()['llama.cpp'][:10]}_{series_digest()}_{self.fingerprint}"
+
+    @property
+    def report(self) -> HeaderReport:
+        """What the header check found: dialect, types, derived keys."""
+        return self._report
+
+    @property
+    def n_vocab(self) -> int:
+        return self._context.n_vocab
+
+    @property
+    def n_ctx(self) -> int:
+        return self._context.n_ctx
+
+    @property
+    def n_ctx_train(self) -> int:
+        """Context length the model was made for."""
+        return self._model.n_ctx_train
+
+    @property
+    def desc(self) -> str:
+        """One line: architecture, size, file type."""
+        return self._model.desc
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in the cache."""
+        return self._session.n_tokens
+
+    @property
+    def working_set_bytes(self) -> int | None:
+        """Resident memory of this process, mapped file pages included; None when the system does not say."""
+        return working_set_bytes()
+
+    @property
+    def warmup(self) -> Warmup | None:
+        """The background reader of the file, if one was started."""
+        return self._warmup
+
+    # --- saved states ---
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of the model's header and tensor table, 16 hex digits."""
+        return model_fingerprint((shard.path, shard.data_start) for shard in self._report.header.shards)
+
+    # --- text ---
+
+    def tokenize(self, text: str, *, add_bos: bool = False, special: bool = False) -> list[int]:
+        """Return the token ids of `text`; see ``Tokenizer.tokenize``."""
+        with self._use():
+            return self._tokenizer.tokenize(text, add_bos=add_bos, special=special)
+
+    def detokenize(self, ids: Iterable[int], *, special: bool = False) -> str:
+        """Return the text of token ids; see ``Tokenizer.detokenize``."""
+        with self._use():
+            return self._tokenizer.detokenize(ids, special=special)
+
+    def token_to_bytes(self, token: int) -> bytes:
+        """Return the bytes one token stands for; special tokens give their text."""
+        with self._use():
+            return self._tokenizer.token_to_bytes(token)
+
+    # --- evaluation ---
+
+    def reset(self) -> None:
+        """Forget all evaluated tokens."""
+        with self._change():
+            self._session.reset()
+            self._drop_sampler()
+
+    @overload
+    def eval(self, ids: Sequence[int]) -> None: ...
+    @overload
+    def eval(self, ids: Sequence[int], *, logits: Literal["all"]) -> npt.NDArray[np.float32]: ...
+
+    def eval(
+        self, ids: Sequence[int], *, logits: Literal["last", "all"] = "last"
+    ) -> npt.NDArray[np.float32] | None:
+        """Evaluate token ids after those in the cache.
+
+        Args:
+            ids: Token ids.
+            logits: ``"all"`` returns the logits of every given position.
+
+        Returns:
+            ``(len(ids), n_vocab) float32`` for ``"all"``, else None.
+
+        Raises:
+            ArgumentError: An id is out of range, or another value of `logits`.
+            ContextFullError: No room; nothing was changed.
+        """
+        if logits not in ("last", "all"):
+            raise ArgumentError(
+                "evaluating tokens", key="logits", found=repr(logits), expected="'last' or 'all'"
+            )
+        with self._change():
+            return self._session.eval(ids, all_logits=logits == "all")
+
+    @property
+    def logits(self) -> npt.NDArray[np.float32]:
+        """Logits after the last evaluated token: ``(n_vocab,) float32``, read-only; yours to keep."""
+        with self._use():
+            return self._context.logits
+
+    def _params(self, options: SamplingOptions) -> SamplingParams:
+        values = {**self._sampling_defaults, "seed": self._seed, **options}
+        return SamplingParams(**values)
+
+    def _drop_sampler(self) -> None:
+        sampler, self._sampler = self._sampler, None
+        if sampler is not None:
+            sampler.close()
+
+    def sample(self, **sampling: Unpack[SamplingOptions]) -> int:
+        """Return the next token id for the present logits; it is not evaluated.
+
+        Args:
+            sampling: See ``SamplingOptions``. Calls with equal options go on with the same random numbers.
+        """
+        refuse_unknown("sample", [k for k in sampling if k not in SAMPLING_NAMES], SAMPLING_NAMES)
+        with self._use():
+            params = self._params(sampling)
+            if self._sampler is None or self._sampler.params != params:
+                self._drop_sampler()
+                self._sampler = Sampler(params, self._model, self.n_ctx)
+            return self._sampler.sample(self._context.logits)
+
+    def _check_fits(self, n_tokens: int) -> None:
+        if n_tokens > self.n_ctx:
+            raise ContextFullError(
+                "the prompt does not fit",
+                found=f"{n_tokens} tokens",
+                expected=f"at most n_ctx = {self.n_ctx}",
+                hint="Open the model with a larger n_ctx, or shorten the prompt.",
+            )
+
+
+def _warm_ranges(report: HeaderReport) -> list[tuple[Path, int, int]]:
+    """Return the file ranges of all tensors, those that every token needs before the routed experts."""
+    header = report.header
+    dense: list[tuple[Path, int, int]] = []
+    experts: list[tuple[Path, int, int]] = []
+    for tensor in header.tensors:
+        part = (Path(header.shards[tensor.shard].path), tensor.start, tensor.n_bytes)
+        (experts if "_exps" in tensor.name else dense).append(part)
+    merged: list[tuple[Path, int, int]] = []
+    for path, start, n_bytes in dense + experts:
+        if merged and merged[-1][0] == path and 0 <= start - (merged[-1][1] + merged[-1][2]) < 4096:
+            merged[-1] = (path, merged[-1][1], start + n_bytes - merged[-1][1])
+        else:
+            merged.append((path, start, n_bytes))
+    return merged
+
+
+def _log_to_stderr() -> None:
+    import logging
+
+    if not any(isinstance(h, logging.StreamHandler) for h in logger.handlers):
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
