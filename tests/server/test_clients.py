@@ -4,20 +4,44 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
-from server_process import Server
+from scripted_model import scripted_model
+from server_process import Server, Start
 
 anthropic = pytest.importorskip("anthropic")
 openai = pytest.importorskip("openai")
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
-GREEDY: dict[str, Any] = {"model": "any", "messages": MESSAGES, "max_tokens": 12, "temperature": 0}
+SHORT: dict[str, Any] = {"model": "any", "messages": MESSAGES, "max_tokens": 12}
+GREEDY: dict[str, Any] = {**SHORT, "temperature": 0}
 NO_THINKING = {"chat_template_kwargs": {"enable_thinking": False}}
+COLD = {"temperature": 0}  # no argument of the Anthropic client any more
 SCHEMA = {"type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"]}
 TOOL = {"type": "function", "function": {"name": "lamp", "description": "Switch it", "parameters": SCHEMA}}
+
+
+CALL = """
+
+<｜DSML｜tool_calls>
+<｜DSML｜invoke name="lamp">
+<｜DSML｜parameter name="on" string="false">true</｜DSML｜parameter>
+</｜DSML｜invoke>
+</｜DSML｜tool_calls>"""
+
+
+@pytest.fixture(scope="module")
+def caller(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server whose model calls the tool ``lamp``."""
+    folder = tmp_path_factory.mktemp("caller")
+    path = scripted_model(model, folder / "m.gguf", CALL, after="</think>")
+    running = Server(folder / "log", path, "-c", 1024)
+    yield running.wait()
+    running.stop()
 
 
 @pytest.fixture(scope="module")
@@ -57,26 +81,37 @@ def test_openai_thinking_is_told_from_the_answer(client: Any) -> None:
 
 
 @pytest.mark.parametrize("is_streamed", [False, True], ids=["whole", "stream"])
-def test_openai_tools(client: Any, is_streamed: bool) -> None:
-    options = {
-        **GREEDY, "max_tokens": 400, "tools": [TOOL], "tool_choice": "required", "extra_body": NO_THINKING,
-    }  # fmt: skip
+def test_openai_tools(caller: Server, is_streamed: bool) -> None:
+    client = openai.OpenAI(base_url=caller.url + "/v1", api_key="none", max_retries=0)
+    options = {**GREEDY, "max_tokens": 200, "tools": [TOOL], "extra_body": NO_THINKING}
     if is_streamed:
-        name = arguments = ""
-        for chunk in client.chat.completions.create(**options, stream=True):
-            for call in (chunk.choices[0].delta.tool_calls or []) if chunk.choices else []:
-                if call.index == 0:
-                    name += call.function.name or ""
-                    arguments += call.function.arguments or ""
+        chunks = list(client.chat.completions.create(**options, stream=True))
+        calls = [
+            call for chunk in chunks if chunk.choices for call in chunk.choices[0].delta.tool_calls or []
+        ]
+        assert {call.index for call in calls} == {0}
+        name = "".join(call.function.name or "" for call in calls)
+        arguments = "".join(call.function.arguments or "" for call in calls)
+        reason = next(c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason)
+        content = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     else:
         choice = client.chat.completions.create(**options).choices[0]
-        assert choice.finish_reason == "tool_calls"
-        name, arguments = (
-            choice.message.tool_calls[0].function.name,
-            choice.message.tool_calls[0].function.arguments,
-        )
-    assert name == "lamp"
-    assert json.loads(arguments)["on"] in (True, False)
+        [call] = choice.message.tool_calls
+        name, arguments, reason = call.function.name, call.function.arguments, choice.finish_reason
+        content = choice.message.content or ""
+    assert (name, json.loads(arguments), reason) == ("lamp", {"on": True}, "tool_calls")
+    assert "DSML" not in content
+
+
+def test_openai_reasons_then_answers(start: Start, model: Path, tmp_path: Path) -> None:
+    path = scripted_model(model, tmp_path / "m.gguf", "Once upon</think>The end", after="<think>")
+    client = openai.OpenAI(base_url=start(path, "-c", 1024).wait().url + "/v1", api_key="none")
+    choice = client.chat.completions.create(**GREEDY).choices[0]
+    assert (choice.message.reasoning_content, choice.message.content) == ("Once upon", "The end")
+    assert choice.finish_reason == "stop"
+    chunks = [c.choices[0].delta for c in client.chat.completions.create(**GREEDY, stream=True) if c.choices]
+    assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in chunks) == "Once upon"
+    assert "".join(delta.content or "" for delta in chunks) == "The end"
 
 
 def test_openai_completions_responses_and_models(client: Any) -> None:
@@ -102,7 +137,7 @@ def test_openai_json_schema(client: Any) -> None:
 
 
 def test_anthropic_messages_and_their_stream_agree(claude: Any) -> None:
-    options = {**GREEDY, "extra_body": NO_THINKING}
+    options = {**SHORT, "extra_body": {**NO_THINKING, **COLD}}
     whole = claude.messages.create(**options)
     assert whole.stop_reason == "max_tokens"
     assert whole.content[0].text
@@ -112,29 +147,35 @@ def test_anthropic_messages_and_their_stream_agree(claude: Any) -> None:
 
 
 def test_anthropic_thinking(claude: Any) -> None:
-    message = claude.messages.create(**GREEDY, thinking={"type": "enabled", "budget_tokens": 1024})
+    options = {**SHORT, "thinking": {"type": "enabled", "budget_tokens": 1024}, "extra_body": COLD}
+    message = claude.messages.create(**options)
     assert message.content[0].type == "thinking"
     assert message.content[0].thinking
-    with claude.messages.stream(**GREEDY, thinking={"type": "enabled", "budget_tokens": 1024}) as stream:
+    with claude.messages.stream(**options) as stream:
         assert stream.get_final_message().content[0].thinking == message.content[0].thinking
 
 
-def test_anthropic_tools(claude: Any) -> None:
-    message = claude.messages.create(
-        **{**GREEDY, "max_tokens": 400},
-        tools=[{"name": "lamp", "description": "Switch it", "input_schema": SCHEMA}],
-        tool_choice={"type": "any"},
-        extra_body=NO_THINKING,
-    )
+def test_anthropic_tools(caller: Server) -> None:
+    claude = anthropic.Anthropic(base_url=caller.url, api_key="none", max_retries=0)
+    options = {
+        **SHORT,
+        "max_tokens": 200,
+        "tools": [{"name": "lamp", "description": "Switch it", "input_schema": SCHEMA}],
+        "extra_body": {**NO_THINKING, **COLD},
+    }
+    message = claude.messages.create(**options)
     assert message.stop_reason == "tool_use"
-    call = next(part for part in message.content if part.type == "tool_use")
-    assert call.name == "lamp"
-    assert call.input["on"] in (True, False)
+    [call] = [part for part in message.content if part.type == "tool_use"]
+    assert (call.name, call.input) == ("lamp", {"on": True})
+    with claude.messages.stream(**options) as stream:
+        [streamed] = [part for part in stream.get_final_message().content if part.type == "tool_use"]
+    assert (streamed.name, streamed.input) == (call.name, call.input)
 
 
 def test_anthropic_counts_tokens(claude: Any) -> None:
     count = claude.messages.count_tokens(model="any", messages=MESSAGES)
-    assert count.input_tokens == claude.messages.create(**GREEDY).usage.input_tokens
+    usage = claude.messages.create(**SHORT).usage
+    assert count.input_tokens == usage.input_tokens + usage.cache_read_input_tokens > 0
 
 
 def test_sixteen_at_once_answer_as_one_alone(client: Any, server: Server) -> None:
