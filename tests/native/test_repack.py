@@ -1,4 +1,4 @@
-"""Weights of DeepSeek-V4 are never repacked, whoever loads them; other models' still are."""
+"""Weights of DeepSeek-V4 are never repacked, whoever loads them: the decision is native."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("pyllama_dsv4._llama", reason="the native extension is not built")
 
-from pyllama_dsv4._native import encode_path, ffi, lib  # noqa: E402
+from pyllama_dsv4._native import encode_path, ffi, lib
 
 REPACK = "CPU_REPACK"
 
