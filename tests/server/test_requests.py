@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import socket
+import time
 import urllib.parse
 import urllib.request
 from typing import Any
@@ -73,6 +76,19 @@ def test_connections_that_send_half_a_request_or_none_do_no_harm(server: Server)
         with socket.create_connection((place.hostname, place.port or 0)) as connection:
             connection.sendall(data)
     assert server.post(CHAT, HELLO)[0] == 200
+
+
+def test_a_connection_is_kept_after_a_stream(server: Server) -> None:
+    place = urllib.parse.urlsplit(server.url)
+    connection = http.client.HTTPConnection(place.hostname or "", place.port)
+    connection.request("POST", CHAT, json.dumps({**HELLO, "stream": True}))
+    assert b"[DONE]" in connection.getresponse().read()
+    kept = connection.sock
+    time.sleep(0.2)  # time for the server to close it
+    connection.request("GET", "/health")
+    assert connection.getresponse().status == 200
+    assert connection.sock is kept
+    connection.close()
 
 
 def test_health_metrics_and_slots_are_there(server: Server) -> None:
