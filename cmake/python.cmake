@@ -10,6 +10,8 @@ target_include_directories(pyllama-capi PUBLIC ${PYLLAMA_DSV4_NATIVE}/capi)
 target_include_directories(pyllama-capi PRIVATE ${PYLLAMA_DSV4_NATIVE}/llama ${PYLLAMA_DSV4_LLAMA_CPP}/src)
 target_link_libraries(pyllama-capi PUBLIC llama-common llama)
 
+include(cmake/server.cmake)
+
 # --- _llama ---
 set(_llama_c ${CMAKE_BINARY_DIR}/_llama.c)
 add_custom_command(
@@ -20,7 +22,7 @@ add_custom_command(
     VERBATIM)
 
 python_add_library(_llama MODULE WITH_SOABI ${_llama_c})
-target_link_libraries(_llama PRIVATE pyllama-capi)
+target_link_libraries(_llama PRIVATE pyllama-server pyllama-capi)
 
 # Only the init symbol is visible: no clash with another llama.cpp in the same process.
 if (APPLE)

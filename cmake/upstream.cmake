@@ -22,6 +22,7 @@ set(LLAMA_BUILD_EXAMPLES OFF)
 set(LLAMA_BUILD_SERVER   OFF)
 set(LLAMA_BUILD_APP      OFF)
 set(LLAMA_BUILD_UI       OFF)
+set(LLAMA_BUILD_MTMD     ON) # the server's; its targets are cmake/server.cmake's
 set(LLAMA_USE_PREBUILT_UI OFF)
 set(LLAMA_OPENSSL        OFF)
 set(LLAMA_SUBPROCESS     OFF)

@@ -144,7 +144,6 @@ def log_tail(clear: bool = False) -> tuple[str, ...]:
 # --- status --------------------------------------------------------------------------------------------
 
 _STATUS: dict[int, type[errors.PyllamaError]] = {
-    lib.PYL_ERROR: errors.InferenceError,
     lib.PYL_ERROR_MEMORY: errors.MemoryLimitError,
     lib.PYL_ERROR_ARGUMENT: errors.ArgumentError,
     lib.PYL_CANCELLED: errors.CancelledError,
@@ -159,16 +158,17 @@ def _fail(cls: type[errors.PyllamaError], op: str, **facts: Any) -> NoReturn:
     )
 
 
-def check(status: int, op: str, **facts: Any) -> int:
+def check(status: int, op: str, cls: type[errors.PyllamaError] = errors.InferenceError, **facts: Any) -> int:
     """Return `status` if it is not negative, else raise the exception that stands for it.
 
     Args:
         status: A ``pyl_status``, or a count.
         op: What was attempted, for the message.
+        cls: What an error without a status of its own raises.
         facts: Keyword facts of ``PyllamaError`` (path, tensor, found, expected, hint).
     """
     if status < 0:
-        _fail(_STATUS.get(status, errors.InferenceError), op, **facts)
+        _fail(_STATUS.get(status, cls), op, **facts)
     return status
 
 

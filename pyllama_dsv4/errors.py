@@ -31,6 +31,7 @@ __all__ = [
     "ModelNotFoundError",
     "NotGGUFError",
     "PyllamaError",
+    "ServerError",
     "StateError",
     "TensorShapeError",
     "ThreadError",
@@ -199,6 +200,10 @@ class StateError(PyllamaError, ValueError):
 
 class CancelledError(PyllamaError, RuntimeError):
     """The caller cancelled a load or an evaluation."""
+
+
+class ServerError(PyllamaError, RuntimeError):
+    """The server cannot listen, or ended with an error."""
 
 
 class ClosedError(PyllamaError, ValueError):

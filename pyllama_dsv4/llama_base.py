@@ -22,9 +22,9 @@ from ._native import build_info, lib, logger, series_digest
 from .chat_engine import ChatEngine
 from .context import Context
 from .errors import ArgumentError, ClosedError, ContextFullError, ThreadError
-from .header import HeaderReport, check_header, read_header
+from .header import HeaderReport
 from .machine import working_set_bytes
-from .model import Model
+from .model import Model, check_model
 from .options import keyword_names, refuse_unknown
 from .plan import N_CTX_DEFAULT, Plan, plan_model
 from .prefix_cache import BYTES_MAX, PrefixCache
@@ -140,12 +140,7 @@ class LlamaBase:
         self._seed = SamplingParams(seed=seed).seed  # checked there
         self.stats = Stats()
 
-        header = read_header(model_path)
-        # a V4 file is checked in full; others the engine checks by itself, if it knows them at all
-        is_other = header.architecture not in (None, "deepseek4") and bool(
-            lib.pyl_knows_architecture((header.architecture or "").encode("utf-8"))
-        )
-        self._report: HeaderReport = check_header(header, any_architecture=is_other)
+        self._report: HeaderReport = check_model(model_path)
         self.plan: Plan = plan_model(
             self._report,
             n_ctx=n_ctx,
@@ -155,7 +150,7 @@ class LlamaBase:
             act_quant=act_quant,
             is_mapped=use_mmap and not use_mlock,
         )
-        logger.info("%s: %s", header.path, self.plan.line())
+        logger.info("%s: %s", self._report.header.path, self.plan.line())
         self.plan.check()
         if n_gpu_layers == "auto":
             n_gpu_layers = -1 if lib.llama_supports_gpu_offload() else 0

@@ -10,8 +10,24 @@ from typing import Any
 
 from ._native import check_ptr, encode_path, ffi, lib, run_cancellable, text
 from .errors import ClosedError, ModelLoadError
+from .header import HeaderReport, check_header, read_header
 
-__all__ = ["Model"]
+__all__ = ["Model", "check_model"]
+
+
+def check_model(path: str | os.PathLike[str]) -> HeaderReport:
+    """Check the header of a file that is to be loaded.
+
+    A V4 file is checked in full; others the engine checks by itself, if it knows them at all.
+
+    Raises:
+        FormatError, ModelFileError: It cannot be loaded.
+    """
+    header = read_header(path)
+    is_other = header.architecture not in (None, "deepseek4") and bool(
+        lib.pyl_knows_architecture((header.architecture or "").encode("utf-8"))
+    )
+    return check_header(header, any_architecture=is_other)
 
 
 def _load_mode(use_mmap: bool, use_mlock: bool) -> int:

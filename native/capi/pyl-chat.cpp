@@ -6,7 +6,7 @@
 #include "answer-reader.h"
 #include "error.h"
 #include "nesting.h"
-#include "prompt-tokens.h"
+#include "prompt-parts.h"
 
 #include "chat.h"
 #include "jinja/lexer.h"
@@ -150,24 +150,6 @@ struct request {
 
 // --- answer ---
 
-std::vector<dsv4_prompt_part> prompt_parts(const common_chat_params & params) {
-    std::vector<dsv4_prompt_part> parts;
-    std::string text;
-    for (const auto & part : params.prompt_parts.parts) {
-        if (!part.val.empty()) {
-            parts.push_back({ part.val, part.is_input });
-            text += part.val;
-        }
-    }
-    // some handlers of foreign templates rewrite the prompt after rendering. Cutting off BOS or EOS, which upstream
-    // does for a vocabulary that adds them itself, leaves a piece of the text.
-    if (text.find(params.prompt) == std::string::npos) {
-        throw std::runtime_error("the handler of this template changes the rendered prompt, "
-                                 "so message text cannot be told from template text");
-    }
-    return parts;
-}
-
 const char * trigger_type(common_grammar_trigger_type type) {
     switch (type) {
         case COMMON_GRAMMAR_TRIGGER_TYPE_TOKEN:        return "token";
@@ -264,13 +246,8 @@ int32_t pyl_chat_format(const struct pyl_chat * chat, const char * request_json,
     return guard_request([&] {
         const request req(request_json);
         const auto params = common_chat_templates_apply(chat->templates.get(), req.inputs);
-        const auto parts  = prompt_parts(params);
-
-        auto tokens = chat->tokenizer.tokenize(parts);
-        const llama_token bos = llama_vocab_bos(chat->vocab);
-        if (llama_vocab_get_add_bos(chat->vocab) && (tokens.empty() || tokens[0] != bos)) {
-            tokens.insert(tokens.begin(), bos); // a template that leaves BOS to the tokeniser
-        }
+        const auto parts  = pyl_prompt_parts(params);
+        const auto tokens = pyl_prompt_tokens(chat->vocab, chat->tokenizer, parts);
 
         json j_parts = json::array();
         for (const auto & part : parts) {

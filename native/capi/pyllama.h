@@ -173,6 +173,14 @@ int32_t pyl_tokenize(const struct llama_vocab * vocab, const char * text, int32_
 // INT32_MIN on failure.
 int32_t pyl_token_bytes(const struct llama_vocab * vocab, int32_t id, char * buf, int32_t size);
 
+// --- server ---
+
+// Run upstream's server until a signal ends it: argv is the program's name, "-m", the file, and more of the server's
+// options. Returns the number of that signal, 0 when it ended by itself, or a pyl_status; what went wrong is in the log,
+// which goes to stderr from here on. SIGINT or SIGTERM during the load, and the second of them at any time, end the
+// process at once with exit code 128 + signal. Options such as --help end the process as well. Once per process.
+int32_t pyl_server_run(int32_t argc, const char * const * argv);
+
 // --- machine ---
 
 int32_t pyl_n_cores(void); // physical cores

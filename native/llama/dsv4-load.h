@@ -2,7 +2,13 @@
 
 #pragma once
 
+struct llama_model;
+
 // Whether mapping a model reads all of it at once (MAP_POPULATE, WILLNEED). Off: V4-Flash is larger than most
 // memories, the read cannot be cancelled and reports nothing; whoever wants warm pages touches them in pieces.
 bool dsv4_mmap_prefetch(void);
 void dsv4_set_mmap_prefetch(bool enabled);
+
+// Whether the CPU backend may repack this model's weights when its parameters allow it. Not DeepSeek-V4's: the copy
+// would be as large as the file, and its products would round their inputs to 8 bits.
+bool dsv4_may_repack(const llama_model & model);

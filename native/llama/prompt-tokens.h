@@ -1,6 +1,6 @@
 // Token ids of a chat prompt whose parts are known to be the template's own text or message text.
 //
-// Called by native/capi/pyl-chat.cpp. Needs the vocabulary only; how the parts come about (templates, messages) is
+// Called by native/capi/prompt-parts.cpp. Needs the vocabulary only; how the parts come about (templates, messages) is
 // upstream's common/chat.cpp.
 #pragma once
 

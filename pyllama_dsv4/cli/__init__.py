@@ -27,6 +27,7 @@ _COMMANDS: Final = {
     "Talk": {
         "chat": ("pyllama_dsv4.cli.chat", "Talk with a model; without a file, with a tiny random one."),
         "run": ("pyllama_dsv4.cli.run", "Complete one prompt and exit."),
+        "serve": ("pyllama_dsv4.cli.serve", "Serve a model to OpenAI and Anthropic clients over HTTP."),
     },
     "Files": {
         "inspect": ("pyllama_dsv4.cli.inspect", "Show what a model file contains, without loading it."),
@@ -54,6 +55,7 @@ _EXAMPLES: Final = (
     f"{PROG_NAME} chat",
     f"{PROG_NAME} chat flash.gguf -c 32768 --temp 0.6",
     f"{PROG_NAME} run flash.gguf -p 'Once upon a time' -n 64",
+    f"{PROG_NAME} serve flash.gguf --port 8080",
     f"{PROG_NAME} inspect flash.gguf",
     f"{PROG_NAME} plan flash.gguf -c 131072 --gpu 24",
     f"{PROG_NAME} convert DeepSeek-V4-Flash --outfile flash.gguf",

@@ -25,7 +25,14 @@ def test_version_commit_and_series() -> None:
 
 def test_licences_are_installed() -> None:
     files = {str(f) for f in metadata.files("pyllama-dsv4") or []}
-    for name in ("LICENSE", "llama.cpp.txt", "nlohmann-json.txt", "cpp-httplib.txt", "pybind11.txt"):
+    for name in (
+        "LICENSE",
+        "llama.cpp.txt",
+        "nlohmann-json.txt",
+        "cpp-httplib.txt",
+        "pybind11.txt",
+        "xxhash.txt",
+    ):
         assert any(f.endswith(name) for f in files), name
 
 

@@ -1,0 +1,133 @@
+"""Serving one model over HTTP: checks, the plan and the options of the server that is linked into the engine.
+
+The server itself is upstream's; what we change in it is in ``native/server``. It runs in the calling process and takes
+over its signals and its log, so it belongs to the command line: one call per process.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+from collections.abc import Callable, Sequence
+
+from ._native import check, drain_log, encode_path, ffi, lib
+from .context import ACT_QUANT_LEVELS
+from .errors import ArgumentError, ServerError
+from .model import check_model
+from .plan import N_CTX_DEFAULT, N_UBATCH_DEFAULT, Plan, plan_model
+
+__all__ = ["HOST_DEFAULT", "PORT_DEFAULT", "run_server"]
+
+HOST_DEFAULT = "127.0.0.1"
+PORT_DEFAULT = 8080
+_LEVELS = {"quiet": "1", "normal": "3", "verbose": "4"}  # errors; what happens; what happens to each request
+
+
+def run_server(
+    path: str | os.PathLike[str],
+    *,
+    host: str = HOST_DEFAULT,
+    port: int = PORT_DEFAULT,
+    api_key: str | None = None,
+    n_slots: int | None = None,
+    n_ctx: int = N_CTX_DEFAULT,
+    n_batch: int = N_UBATCH_DEFAULT,
+    n_ubatch: int = N_UBATCH_DEFAULT,
+    n_threads: int | None = None,
+    n_gpu_layers: int | str = "auto",
+    use_mmap: bool = True,
+    use_mlock: bool = False,
+    cache_type: str = "f16",
+    flash_attn: str = "auto",
+    act_quant: str = "cache",
+    log: str = "normal",
+    use_color: bool = False,
+    args: Sequence[str] = (),
+    on_plan: Callable[[Plan], None] | None = None,
+) -> signal.Signals | None:
+    """Serve a model until SIGINT or SIGTERM; must be called in the main thread, once per process.
+
+    Args:
+        path: GGUF file, or the first shard of a split model.
+        host: Addresses to listen on, separated by commas.
+        port: 0 takes a free one, which the log names.
+        api_key: What clients must send; None lets everybody in.
+        n_slots: Requests answered at the same time, sharing the context; None leaves it to the server.
+        log: ``quiet``, ``normal`` or ``verbose``.
+        use_color: Colour the log.
+        args: Further options of upstream's server; they win over the ones before.
+        on_plan: Called with the plan before the load.
+
+    The other arguments are those of ``Llama``.
+
+    Returns:
+        The signal that ended the server, if one did. During the load a signal ends the process.
+
+    Raises:
+        ArgumentError: An argument is out of range, or the server does not know an option.
+        FormatError, ModelFileError: The file cannot be served.
+        MemoryLimitError: The plan does not fit.
+        ServerError: The port is taken, or the server failed; its log says why.
+    """
+    if act_quant not in ACT_QUANT_LEVELS:
+        raise ArgumentError("serving", key="act_quant", found=act_quant, expected=", ".join(ACT_QUANT_LEVELS))
+    report = check_model(path)
+    plan = plan_model(
+        report,
+        n_ctx=n_ctx,
+        n_batch=n_batch,
+        n_ubatch=n_ubatch,
+        cache_type=cache_type,
+        act_quant=act_quant,  # type: ignore[arg-type]  # checked above
+        is_mapped=use_mmap and not use_mlock,
+    )
+    if on_plan is not None:
+        on_plan(plan)
+    plan.check()
+    _check_port(host, port)
+    check(lib.pyl_act_quant_set_default(ACT_QUANT_LEVELS[act_quant]), "setting the level of rounding")
+    options = {
+        "--host": host,
+        "--port": port,
+        "-c": n_ctx,
+        "-b": n_batch,
+        "-ub": min(n_ubatch, n_batch),
+        "-t": lib.pyl_n_cores() if n_threads is None else n_threads,
+        "-ctk": cache_type,
+        "-ctv": cache_type,
+        "-fa": flash_attn,
+        "-lm": ("mmap+mlock" if use_mlock else "mmap") if use_mmap else ("mlock" if use_mlock else "none"),
+        "-lv": _LEVELS[log],
+        "--log-colors": "on" if use_color else "off",
+        **({} if n_gpu_layers == "auto" else {"-ngl": "all" if n_gpu_layers == -1 else n_gpu_layers}),
+        **({} if n_slots is None else {"-np": n_slots}),
+        **({} if api_key is None else {"--api-key": api_key}),
+    }
+    words = [b"pyllama-dsv4", b"-m", encode_path(path)]
+    words += [str(word).encode() for pair in options.items() for word in pair]
+    words += [os.fsencode(word) for word in args]
+    c_words = [ffi.new("char[]", word) for word in words]
+    drain_log()
+    number = check(lib.pyl_server_run(len(words), [*c_words, ffi.NULL]), "serving", ServerError, path=path)
+    return signal.Signals(number) if number else None
+
+
+def _check_port(host: str, port: int) -> None:
+    """Refuse a port that is taken: the server finds out too, but only its log says so."""
+    for address in (part.strip() for part in host.split(",")):
+        if port == 0 or not address or address.endswith(".sock"):
+            continue
+        try:
+            family, kind, protocol, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(place)
+        except OSError as error:
+            is_taken = error.errno == errno.EADDRINUSE
+            raise ServerError(
+                f"listening on {address}, port {port}",
+                found="another program that listens there" if is_taken else error.strerror or str(error),
+                hint="Choose another port." if is_taken else "Choose another address or port.",
+            ) from error
