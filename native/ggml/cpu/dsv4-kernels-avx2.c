@@ -222,6 +222,11 @@ DEFINE_ROWS(bf16,  2*DSV4_GROUP,               BF16_N_BYTES,  bf16_load)
 
 // --- tiles ---
 
+// Compilers fold a load into each of its uses, and keep sums in registers that they then spill: a load too many for every
+// multiplication, where loads are what limits a tile.
+#define IN_REGISTER(x) __asm__ ("" : "+x"(x))
+#define IN_MEMORY()    __asm__ volatile ("" : : : "memory")
+
 enum { TILE_ROWS = 4 }; // 12 sums of a group, 3 activations and the weights fill the 16 registers
 
 // n_cols is a constant where this is inlined
@@ -231,15 +236,21 @@ INLINE void tile_cols(
         for (int part = 0; part < DSV4_ROWS/TILE_ROWS*2; part++) {
             const int first = part/2*TILE_ROWS, lane = part%2*HALF;
             __m256 group[DSV4_COLS][TILE_ROWS];
+            for (int c = 0; c < n_cols; c++) {
+                for (int r = 0; r < TILE_ROWS; r++) {
+                    group[c][r] = _mm256_setzero_ps();
+                }
+            }
             for (int v = 0; v < DSV4_VECS; v++) {
                 __m256 yv[DSV4_COLS];
                 for (int c = 0; c < n_cols; c++) {
                     yv[c] = _mm256_loadu_ps(y[c] + g*DSV4_GROUP + v*DSV4_LANES + lane);
                 }
                 for (int r = 0; r < TILE_ROWS; r++) {
-                    const __m256 wv = _mm256_loadu_ps(w + ((first + r)*n_groups + g)*DSV4_GROUP + v*DSV4_LANES + lane);
+                    __m256 wv = _mm256_loadu_ps(w + ((first + r)*n_groups + g)*DSV4_GROUP + v*DSV4_LANES + lane);
+                    IN_REGISTER(wv);
                     for (int c = 0; c < n_cols; c++) {
-                        group[c][r] = v == 0 ? _mm256_mul_ps(wv, yv[c]) : _mm256_fmadd_ps(wv, yv[c], group[c][r]);
+                        group[c][r] = _mm256_fmadd_ps(wv, yv[c], group[c][r]);
                     }
                 }
             }
@@ -250,6 +261,7 @@ INLINE void tile_cols(
                     _mm256_storeu_ps(s, _mm256_fmadd_ps(dv, group[c][r], _mm256_loadu_ps(s)));
                 }
             }
+            IN_MEMORY();
         }
     }
 }

@@ -213,20 +213,31 @@ TARGET static void bf16_decode(int64_t n, const void * x, float * w, float * d) 
 
 // --- tiles ---
 
+// Compilers fold a load into each of its uses, and keep sums in registers that they then spill: a load too many for every
+// multiplication, where loads are what limits a tile.
+#define IN_REGISTER(x) __asm__ ("" : "+v"(x))
+#define IN_MEMORY()    __asm__ volatile ("" : : : "memory")
+
 // n_cols is a constant where this is inlined. 24 sums of a group, 3 activations and the weights fill the 32 registers.
 INLINE void tile_cols(
         int64_t n_groups, const float * w, const float * d, const float * const * y, const int n_cols, float * sum) {
     for (int64_t g = 0; g < n_groups; g++) {
         __m512 group[DSV4_COLS][DSV4_ROWS];
+        for (int c = 0; c < n_cols; c++) {
+            for (int r = 0; r < DSV4_ROWS; r++) {
+                group[c][r] = _mm512_setzero_ps();
+            }
+        }
         for (int v = 0; v < DSV4_VECS; v++) {
             __m512 yv[DSV4_COLS];
             for (int c = 0; c < n_cols; c++) {
                 yv[c] = _mm512_loadu_ps(y[c] + g*DSV4_GROUP + v*DSV4_LANES);
             }
             for (int r = 0; r < DSV4_ROWS; r++) {
-                const __m512 wv = _mm512_loadu_ps(w + (r*n_groups + g)*DSV4_GROUP + v*DSV4_LANES);
+                __m512 wv = _mm512_loadu_ps(w + (r*n_groups + g)*DSV4_GROUP + v*DSV4_LANES);
+                IN_REGISTER(wv);
                 for (int c = 0; c < n_cols; c++) {
-                    group[c][r] = v == 0 ? _mm512_mul_ps(wv, yv[c]) : _mm512_fmadd_ps(wv, yv[c], group[c][r]);
+                    group[c][r] = _mm512_fmadd_ps(wv, yv[c], group[c][r]);
                 }
             }
         }
@@ -237,6 +248,7 @@ INLINE void tile_cols(
                 _mm512_storeu_ps(s, _mm512_fmadd_ps(dv, group[c][r], _mm512_loadu_ps(s)));
             }
         }
+        IN_MEMORY();
     }
 }
 
