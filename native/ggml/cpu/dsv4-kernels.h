@@ -12,6 +12,7 @@
 #include "ggml.h"
 
 #include <stdint.h>
+#include <string.h>
 
 #ifdef __cplusplus
 extern "C" {
@@ -46,7 +47,8 @@ struct dsv4_kernels {
 
     // Adds n_groups groups of DSV4_ROWS rows times n_cols <= DSV4_COLS columns to the lanes of their sums, so that long
     // rows can be taken in pieces that stay in the nearest cache. w: (DSV4_ROWS, n_groups, 8, 16),
-    // d: (DSV4_ROWS, n_groups, 16), y[c]: (n_groups, 8, 16), sum: (n_cols, DSV4_ROWS, 16).
+    // d: (DSV4_ROWS, n_groups, 16), y[c]: (n_groups, 8, 16), sum: (n_cols, DSV4_ROWS, 16). y[DSV4_COLS + c]: what the next
+    // call will take, to be fetched meanwhile.
     void (*tile)(int64_t n_groups, const float * w, const float * d, const float * const * y, int n_cols, float * sum);
 };
 
@@ -62,6 +64,24 @@ static inline float dsv4_sum_lanes(float * lanes) {
         }
     }
     return lanes[0];
+}
+
+// s[r] = dsv4_sum_lanes(sum[r]) for sum: (DSV4_ROWS, 16), in loops that compilers vectorise.
+static inline void dsv4_sum_lanes_of_rows(const float * sum, float * s) {
+    float lanes[DSV4_LANES/2][DSV4_ROWS];
+    for (int r = 0; r < DSV4_ROWS; r++) {
+        for (int l = 0; l < DSV4_LANES/2; l++) {
+            lanes[l][r] = sum[r*DSV4_LANES + l] + sum[r*DSV4_LANES + l + DSV4_LANES/2];
+        }
+    }
+    for (int half = DSV4_LANES/4; half > 0; half /= 2) {
+        for (int l = 0; l < half; l++) {
+            for (int r = 0; r < DSV4_ROWS; r++) {
+                lanes[l][r] += lanes[l + half][r];
+            }
+        }
+    }
+    memcpy(s, lanes[0], sizeof(lanes[0]));
 }
 
 // The fastest kernels of this CPU for GGML_TYPE_F8_E4M3_B128, MXFP4 or BF16; NULL for other types.

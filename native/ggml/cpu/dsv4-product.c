@@ -8,7 +8,7 @@
 #include <stdint.h>
 
 enum {
-    PIECE      = 8,   // groups of a row that are decoded at a time: DSV4_ROWS of them stay in the nearest cache
+    PIECE      = 4,   // groups of a row that are decoded at a time: DSV4_ROWS of them stay in the nearest cache
     BLOCK_COLS = 48,  // columns that pass by decoded weights: those of rows of 4096 stay in the second cache
     MIN_CHUNK  = 16,  // weight rows that a thread takes at a time, multiples of DSV4_ROWS
     MAX_CHUNK  = 64,
@@ -231,18 +231,17 @@ static void multiply_block(
         }
         for (int c = 0; c < n_cols; c += DSV4_COLS) {
             const int n_tile = MIN(DSV4_COLS, n_cols - c);
-            const float * y[DSV4_COLS];
-            for (int i = 0; i < n_tile; i++) {
-                y[i] = column_panel(cols, first + c + i) + g*DSV4_GROUP;
+            const float * y[2*DSV4_COLS]; // of this tile, then of the next
+            for (int i = 0; i < 2*DSV4_COLS; i++) {
+                y[i] = column_panel(cols, first + MIN(c + i, n_cols - 1)) + g*DSV4_GROUP;
             }
             kernels->tile(n_groups, scratch, scales, y, n_tile, sums + c*DSV4_ROWS*DSV4_LANES);
         }
     }
     for (int c = 0; c < n_cols; c++) {
-        float * s = column_dst(cols, first + c) + row;
-        for (int r = 0; r < n_rows; r++) {
-            s[r] = dsv4_sum_lanes(sums + (c*DSV4_ROWS + r)*DSV4_LANES);
-        }
+        float s[DSV4_ROWS];
+        dsv4_sum_lanes_of_rows(sums + c*DSV4_ROWS*DSV4_LANES, s);
+        memcpy(column_dst(cols, first + c) + row, s, n_rows*sizeof(float));
     }
 }
 
@@ -259,10 +258,10 @@ static void multiply(
         }
         return;
     }
-    for (; row < row_end; row += DSV4_ROWS) {
-        const int n_rows = (int) MIN(DSV4_ROWS, row_end - row);
-        for (int64_t c = 0; c < n_cols; c += BLOCK_COLS) {
-            multiply_block(cols, w + row*row_bytes, row, n_rows, c, (int) MIN(BLOCK_COLS, n_cols - c), scratch);
+    for (int64_t c = 0; c < n_cols; c += BLOCK_COLS) {
+        for (int64_t r = row; r < row_end; r += DSV4_ROWS) {
+            multiply_block(cols, w + r*row_bytes, r, (int) MIN(DSV4_ROWS, row_end - r),
+                c, (int) MIN(BLOCK_COLS, n_cols - c), scratch);
         }
     }
 }
