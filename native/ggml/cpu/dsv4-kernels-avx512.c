@@ -64,6 +64,15 @@ INLINE void f8_load(const uint8_t * x, struct group * g) {
 
 // --- MXFP4 ---
 
+// Bits of scales by their codes, 2^(e - 127). A load costs nothing here, where the two ports of vector arithmetic limit.
+#define E1(e)  (uint32_t) (e) << 23
+#define E5(e)  E1(e), E1((e) + 1), E1((e) + 2), E1((e) + 3), E1((e) + 4)
+#define E15(e) E5(e), E5((e) + 5), E5((e) + 10)
+#define E60(e) E15(e), E15((e) + 15), E15((e) + 30), E15((e) + 45)
+static const uint32_t E8M0[256] = {
+    0x00400000, E60(1), E60(61), E60(121), E60(181), E5(241), E5(246), E1(251), E1(252), E1(253), E1(254), 0x7FC00000,
+};
+
 // x: 4 blocks, 68 bytes
 INLINE void mxfp4_load(const uint8_t * x, struct group * g) {
     const __m512 values = _mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f,
@@ -72,19 +81,16 @@ INLINE void mxfp4_load(const uint8_t * x, struct group * g) {
     const __m512i at = _mm512_setr_epi32(
         0x04030201, 0x08070605, 0x0C0B0A09, 0x100F0E0D, 0x15141312, 0x19181716, 0x1D1C1B1A, 0x21201F1E,
         0x26252423, 0x2A292827, 0x2E2D2C2B, 0x3231302F, 0, 0, 0, 0);
-    // the scale of block b at byte 17*b goes to the four 32-bit lanes of its block
-    const __m512i scale_at = _mm512_setr_epi32(0, 0, 0, 0, 17, 17, 17, 17, 34, 34, 34, 34, 51, 51, 51, 51);
-
     const __m512i first = _mm512_loadu_si512(x);
     const __m512i codes = _mm512_mask_permutexvar_epi8(_mm512_loadu_si512(x + 4), 0x0000FFFFFFFFFFFFull, at, first);
     for (int v = 0; v < DSV4_VECS; v++) {
-        g->w[v] = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4*v), values);
+        g->w[v] = _mm512_permutexvar_ps(v == 0 ? codes : _mm512_srli_epi32(codes, 4*v), values);
     }
 
-    const __m512i e = _mm512_maskz_permutexvar_epi8(0x1111111111111111ull, scale_at, first);
-    __m512i d = _mm512_slli_epi32(e, 23);
-    d = _mm512_mask_mov_epi32(d, _mm512_testn_epi32_mask(e, e), _mm512_set1_epi32(0x00400000));
-    d = _mm512_mask_mov_epi32(d, _mm512_cmpeq_epi32_mask(e, _mm512_set1_epi32(255)), _mm512_set1_epi32(0x7FC00000));
+    __m512i d = _mm512_set1_epi32((int) E8M0[x[0]]);
+    for (int b = 1; b < MXFP4_BLOCKS; b++) {
+        d = _mm512_mask_set1_epi32(d, (__mmask16) (15 << 4*b), (int) E8M0[x[b*MXFP4_BYTES]]);
+    }
     g->d = _mm512_castsi512_ps(d);
 }
 
