@@ -245,9 +245,6 @@ INLINE void tile_cols(
                 __m256 yv[DSV4_COLS];
                 for (int c = 0; c < n_cols; c++) {
                     yv[c] = _mm256_loadu_ps(y[c] + g*DSV4_GROUP + v*DSV4_LANES + lane);
-                    if (part == 0) {
-                        _mm_prefetch((const char *) (y[DSV4_COLS + c] + g*DSV4_GROUP + v*DSV4_LANES), _MM_HINT_T0);
-                    }
                 }
                 for (int r = 0; r < TILE_ROWS; r++) {
                     __m256 wv = _mm256_loadu_ps(w + ((first + r)*n_groups + g)*DSV4_GROUP + v*DSV4_LANES + lane);

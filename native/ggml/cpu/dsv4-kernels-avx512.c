@@ -238,7 +238,6 @@ INLINE void tile_cols(
             __m512 yv[DSV4_COLS];
             for (int c = 0; c < n_cols; c++) {
                 yv[c] = _mm512_loadu_ps(y[c] + g*DSV4_GROUP + v*DSV4_LANES);
-                _mm_prefetch((const char *) (y[DSV4_COLS + c] + g*DSV4_GROUP + v*DSV4_LANES), _MM_HINT_T0);
             }
             for (int r = 0; r < DSV4_ROWS; r++) {
                 __m512 wv = _mm512_loadu_ps(w + (r*n_groups + g)*DSV4_GROUP + v*DSV4_LANES);

@@ -47,8 +47,7 @@ struct dsv4_kernels {
 
     // Adds n_groups groups of DSV4_ROWS rows times n_cols <= DSV4_COLS columns to the lanes of their sums, so that long
     // rows can be taken in pieces that stay in the nearest cache. w: (DSV4_ROWS, n_groups, 8, 16),
-    // d: (DSV4_ROWS, n_groups, 16), y[c]: (n_groups, 8, 16), sum: (n_cols, DSV4_ROWS, 16). y[DSV4_COLS + c]: what the next
-    // call will take, to be fetched meanwhile.
+    // d: (DSV4_ROWS, n_groups, 16), y[c]: (n_groups, 8, 16), sum: (n_cols, DSV4_ROWS, 16).
     void (*tile)(int64_t n_groups, const float * w, const float * d, const float * const * y, int n_cols, float * sum);
 };
 

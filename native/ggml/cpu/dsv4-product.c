@@ -231,9 +231,9 @@ static void multiply_block(
         }
         for (int c = 0; c < n_cols; c += DSV4_COLS) {
             const int n_tile = MIN(DSV4_COLS, n_cols - c);
-            const float * y[2*DSV4_COLS]; // of this tile, then of the next
-            for (int i = 0; i < 2*DSV4_COLS; i++) {
-                y[i] = column_panel(cols, first + MIN(c + i, n_cols - 1)) + g*DSV4_GROUP;
+            const float * y[DSV4_COLS];
+            for (int i = 0; i < n_tile; i++) {
+                y[i] = column_panel(cols, first + c + i) + g*DSV4_GROUP;
             }
             kernels->tile(n_groups, scratch, scales, y, n_tile, sums + c*DSV4_ROWS*DSV4_LANES);
         }
