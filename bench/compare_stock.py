@@ -137,7 +137,7 @@ def main() -> None:
     program = build_stock()
 
     n_ctx = max(*args.prompt, args.gen, 1) + 1
-    engines = {
+    engines: dict[str, Stock | Ours] = {
         "stock": Stock(program, stock_file, args.threads, n_ctx, 512),
         "ours": Ours(args.file, args.threads, n_ctx, 512),
     }
