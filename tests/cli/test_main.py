@@ -32,6 +32,7 @@ CODES = {
         "DiskFullError",
         "InferenceError",
         "PyllamaError",
+        "ServerError",
         "ThreadError",
     },
     2: {"ArgumentError", "UnknownOptionError"},

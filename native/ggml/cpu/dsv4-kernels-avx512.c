@@ -64,6 +64,15 @@ INLINE void f8_load(const uint8_t * x, struct group * g) {
 
 // --- MXFP4 ---
 
+// Bits of scales by their codes, 2^(e - 127). A load costs nothing here, where the two ports of vector arithmetic limit.
+#define E1(e)  (uint32_t) (e) << 23
+#define E5(e)  E1(e), E1((e) + 1), E1((e) + 2), E1((e) + 3), E1((e) + 4)
+#define E15(e) E5(e), E5((e) + 5), E5((e) + 10)
+#define E60(e) E15(e), E15((e) + 15), E15((e) + 30), E15((e) + 45)
+static const uint32_t E8M0[256] = {
+    0x00400000, E60(1), E60(61), E60(121), E60(181), E5(241), E5(246), E1(251), E1(252), E1(253), E1(254), 0x7FC00000,
+};
+
 // x: 4 blocks, 68 bytes
 INLINE void mxfp4_load(const uint8_t * x, struct group * g) {
     const __m512 values = _mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f,
@@ -72,19 +81,16 @@ INLINE void mxfp4_load(const uint8_t * x, struct group * g) {
     const __m512i at = _mm512_setr_epi32(
         0x04030201, 0x08070605, 0x0C0B0A09, 0x100F0E0D, 0x15141312, 0x19181716, 0x1D1C1B1A, 0x21201F1E,
         0x26252423, 0x2A292827, 0x2E2D2C2B, 0x3231302F, 0, 0, 0, 0);
-    // the scale of block b at byte 17*b goes to the four 32-bit lanes of its block
-    const __m512i scale_at = _mm512_setr_epi32(0, 0, 0, 0, 17, 17, 17, 17, 34, 34, 34, 34, 51, 51, 51, 51);
-
     const __m512i first = _mm512_loadu_si512(x);
     const __m512i codes = _mm512_mask_permutexvar_epi8(_mm512_loadu_si512(x + 4), 0x0000FFFFFFFFFFFFull, at, first);
     for (int v = 0; v < DSV4_VECS; v++) {
-        g->w[v] = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4*v), values);
+        g->w[v] = _mm512_permutexvar_ps(v == 0 ? codes : _mm512_srli_epi32(codes, 4*v), values);
     }
 
-    const __m512i e = _mm512_maskz_permutexvar_epi8(0x1111111111111111ull, scale_at, first);
-    __m512i d = _mm512_slli_epi32(e, 23);
-    d = _mm512_mask_mov_epi32(d, _mm512_testn_epi32_mask(e, e), _mm512_set1_epi32(0x00400000));
-    d = _mm512_mask_mov_epi32(d, _mm512_cmpeq_epi32_mask(e, _mm512_set1_epi32(255)), _mm512_set1_epi32(0x7FC00000));
+    __m512i d = _mm512_set1_epi32((int) E8M0[x[0]]);
+    for (int b = 1; b < MXFP4_BLOCKS; b++) {
+        d = _mm512_mask_set1_epi32(d, (__mmask16) (15 << 4*b), (int) E8M0[x[b*MXFP4_BYTES]]);
+    }
     g->d = _mm512_castsi512_ps(d);
 }
 
@@ -213,51 +219,51 @@ TARGET static void bf16_decode(int64_t n, const void * x, float * w, float * d) 
 
 // --- tiles ---
 
-// n_cols is a constant where this is inlined
+// Compilers fold a load into each of its uses, and keep sums in registers that they then spill: a load too many for every
+// multiplication, where loads are what limits a tile.
+#define IN_REGISTER(x) __asm__ ("" : "+v"(x))
+#define IN_MEMORY()    __asm__ volatile ("" : : : "memory")
+
+// n_cols is a constant where this is inlined. 24 sums of a group, 3 activations and the weights fill the 32 registers.
 INLINE void tile_cols(
-        int64_t n_groups, const float * w, const float * d, const float * const * y, const int n_cols,
-        float (*s)[DSV4_ROWS]) {
-    __m512 sum[DSV4_COLS][DSV4_ROWS];
-    for (int c = 0; c < n_cols; c++) {
-        for (int r = 0; r < DSV4_ROWS; r++) {
-            sum[c][r] = _mm512_setzero_ps();
-        }
-    }
+        int64_t n_groups, const float * w, const float * d, const float * const * y, const int n_cols, float * sum) {
     for (int64_t g = 0; g < n_groups; g++) {
         __m512 group[DSV4_COLS][DSV4_ROWS];
-        for (int v = 0; v < DSV4_VECS; v++) {
-            __m512 wv[DSV4_ROWS];
+        for (int c = 0; c < n_cols; c++) {
             for (int r = 0; r < DSV4_ROWS; r++) {
-                wv[r] = _mm512_loadu_ps(w + (r*n_groups + g)*DSV4_GROUP + v*DSV4_LANES);
+                group[c][r] = _mm512_setzero_ps();
             }
+        }
+        for (int v = 0; v < DSV4_VECS; v++) {
+            __m512 yv[DSV4_COLS];
             for (int c = 0; c < n_cols; c++) {
-                const __m512 yv = _mm512_loadu_ps(y[c] + g*DSV4_GROUP + v*DSV4_LANES);
-                for (int r = 0; r < DSV4_ROWS; r++) {
-                    group[c][r] = v == 0 ? _mm512_mul_ps(wv[r], yv) : _mm512_fmadd_ps(wv[r], yv, group[c][r]);
+                yv[c] = _mm512_loadu_ps(y[c] + g*DSV4_GROUP + v*DSV4_LANES);
+            }
+            for (int r = 0; r < DSV4_ROWS; r++) {
+                __m512 wv = _mm512_loadu_ps(w + (r*n_groups + g)*DSV4_GROUP + v*DSV4_LANES);
+                IN_REGISTER(wv);
+                for (int c = 0; c < n_cols; c++) {
+                    group[c][r] = _mm512_fmadd_ps(wv, yv[c], group[c][r]);
                 }
             }
         }
         for (int r = 0; r < DSV4_ROWS; r++) {
             const __m512 dv = _mm512_loadu_ps(d + (r*n_groups + g)*DSV4_LANES);
             for (int c = 0; c < n_cols; c++) {
-                sum[c][r] = _mm512_fmadd_ps(dv, group[c][r], sum[c][r]);
+                float * s = sum + (c*DSV4_ROWS + r)*DSV4_LANES;
+                _mm512_storeu_ps(s, _mm512_fmadd_ps(dv, group[c][r], _mm512_loadu_ps(s)));
             }
         }
-    }
-    for (int c = 0; c < n_cols; c++) {
-        for (int r = 0; r < DSV4_ROWS; r++) {
-            s[c][r] = sum_lanes(sum[c][r]);
-        }
+        IN_MEMORY();
     }
 }
 
 TARGET static void tile(
-        int64_t n_groups, const float * w, const float * d, const float * const * y, int n_cols, float (*s)[DSV4_ROWS]) {
+        int64_t n_groups, const float * w, const float * d, const float * const * y, int n_cols, float * sum) {
     switch (n_cols) {
-        case 1: tile_cols(n_groups, w, d, y, 1, s); break;
-        case 2: tile_cols(n_groups, w, d, y, 2, s); break;
-        case 3: tile_cols(n_groups, w, d, y, 3, s); break;
-        case 4: tile_cols(n_groups, w, d, y, 4, s); break;
+        case 1: tile_cols(n_groups, w, d, y, 1, sum); break;
+        case 2: tile_cols(n_groups, w, d, y, 2, sum); break;
+        case 3: tile_cols(n_groups, w, d, y, 3, sum); break;
     }
 }
 

@@ -142,16 +142,16 @@ static void bf16_dot(int64_t n, const void * x, const float * y, float * s) {
     *s = dsv4_sum_lanes(sum);
 }
 
-static void tile(
-        int64_t n_groups, const float * w, const float * d, const float * const * y, int n_cols, float (*s)[DSV4_ROWS]) {
+static void tile(int64_t n_groups, const float * w, const float * d, const float * const * y, int n_cols, float * sum) {
     for (int c = 0; c < n_cols; c++) {
         for (int r = 0; r < DSV4_ROWS; r++) {
-            float sum[DSV4_LANES] = { 0.0f };
+            float lanes[DSV4_LANES];
+            memcpy(lanes, sum + (c*DSV4_ROWS + r)*DSV4_LANES, sizeof(lanes));
             for (int64_t g = 0; g < n_groups; g++) {
                 const int64_t i = r*n_groups + g;
-                add_group(w + i*DSV4_GROUP, d + i*DSV4_LANES, y[c] + g*DSV4_GROUP, sum);
+                add_group(w + i*DSV4_GROUP, d + i*DSV4_LANES, y[c] + g*DSV4_GROUP, lanes);
             }
-            s[c][r] = dsv4_sum_lanes(sum);
+            memcpy(sum + (c*DSV4_ROWS + r)*DSV4_LANES, lanes, sizeof(lanes));
         }
     }
 }
@@ -178,6 +178,13 @@ const struct dsv4_kernels * dsv4_kernels_portable(enum ggml_type type) {
 }
 
 const struct dsv4_kernels * dsv4_kernels_for(enum ggml_type type) {
-    const struct dsv4_kernels * fast = dsv4_kernels_avx512(type);
-    return fast ? fast : dsv4_kernels_portable(type);
+    const struct dsv4_kernels * best[] = {
+        dsv4_kernels_avx512(type), dsv4_kernels_avx2(type), dsv4_kernels_neon(type), dsv4_kernels_portable(type),
+    };
+    for (int i = 0; i < (int) (sizeof(best)/sizeof(best[0])); i++) {
+        if (best[i]) {
+            return best[i];
+        }
+    }
+    return NULL;
 }

@@ -12,6 +12,7 @@
 #include "ggml.h"
 
 #include <stdint.h>
+#include <string.h>
 
 #ifdef __cplusplus
 extern "C" {
@@ -21,8 +22,8 @@ enum {
     DSV4_GROUP = 128, // weights
     DSV4_LANES = 16,
     DSV4_VECS  = DSV4_GROUP/DSV4_LANES,
-    DSV4_ROWS  = 4,   // weight rows of a tile
-    DSV4_COLS  = 4,   // activation rows of a tile at most
+    DSV4_ROWS  = 8,   // weight rows of a tile
+    DSV4_COLS  = 3,   // activation rows of a tile at most
 };
 
 // { F(0, 0), F(0, 1), ... F(7, 15) }: a table with an entry for every lane of every vector
@@ -44,9 +45,10 @@ struct dsv4_kernels {
     // A last group that is not full is padded with zeros.
     void (*decode)(int64_t n, const void * x, float * w, float * d);
 
-    // s[c][r] = row r of w times y[c], for DSV4_ROWS rows and n_cols <= DSV4_COLS columns. w: (DSV4_ROWS, n_groups, 8, 16),
-    // d: (DSV4_ROWS, n_groups, 16), y[c]: (n_groups, 8, 16).
-    void (*tile)(int64_t n_groups, const float * w, const float * d, const float * const * y, int n_cols, float (*s)[DSV4_ROWS]);
+    // Adds n_groups groups of DSV4_ROWS rows times n_cols <= DSV4_COLS columns to the lanes of their sums, so that long
+    // rows can be taken in pieces that stay in the nearest cache. w: (DSV4_ROWS, n_groups, 8, 16),
+    // d: (DSV4_ROWS, n_groups, 16), y[c]: (n_groups, 8, 16), sum: (n_cols, DSV4_ROWS, 16).
+    void (*tile)(int64_t n_groups, const float * w, const float * d, const float * const * y, int n_cols, float * sum);
 };
 
 static inline int64_t dsv4_n_groups(int64_t n) {
@@ -63,13 +65,33 @@ static inline float dsv4_sum_lanes(float * lanes) {
     return lanes[0];
 }
 
+// s[r] = dsv4_sum_lanes(sum[r]) for sum: (DSV4_ROWS, 16), in loops that compilers vectorise.
+static inline void dsv4_sum_lanes_of_rows(const float * sum, float * s) {
+    float lanes[DSV4_LANES/2][DSV4_ROWS];
+    for (int r = 0; r < DSV4_ROWS; r++) {
+        for (int l = 0; l < DSV4_LANES/2; l++) {
+            lanes[l][r] = sum[r*DSV4_LANES + l] + sum[r*DSV4_LANES + l + DSV4_LANES/2];
+        }
+    }
+    for (int half = DSV4_LANES/4; half > 0; half /= 2) {
+        for (int l = 0; l < half; l++) {
+            for (int r = 0; r < DSV4_ROWS; r++) {
+                lanes[l][r] += lanes[l + half][r];
+            }
+        }
+    }
+    memcpy(s, lanes[0], sizeof(lanes[0]));
+}
+
 // The fastest kernels of this CPU for GGML_TYPE_F8_E4M3_B128, MXFP4 or BF16; NULL for other types.
 const struct dsv4_kernels * dsv4_kernels_for(enum ggml_type type);
 
-// For tests: those without instructions beyond the compiler's options, and those for AVX-512 with VBMI (NULL where the
-// CPU or the compiler has none).
+// Those without instructions beyond the compiler's options, then those for AVX2 with FMA and F16C, AVX-512 with VBMI, and
+// NEON: NULL where the CPU or the compiler has none.
 const struct dsv4_kernels * dsv4_kernels_portable(enum ggml_type type);
+const struct dsv4_kernels * dsv4_kernels_avx2(enum ggml_type type);
 const struct dsv4_kernels * dsv4_kernels_avx512(enum ggml_type type);
+const struct dsv4_kernels * dsv4_kernels_neon(enum ggml_type type);
 
 #ifdef __cplusplus
 }

@@ -7,12 +7,20 @@
 #include <math.h>
 #include <stdint.h>
 
-enum { CHUNK_ROWS = 16 }; // weight rows that a thread takes at a time, a multiple of DSV4_ROWS
+enum {
+    PIECE      = 4,   // groups of a row that are decoded at a time: DSV4_ROWS of them stay in the nearest cache
+    BLOCK_COLS = 48,  // columns that pass by decoded weights: those of rows of 4096 stay in the second cache
+    MIN_CHUNK  = 16,  // weight rows that a thread takes at a time, multiples of DSV4_ROWS
+    MAX_CHUNK  = 64,
+};
+
+// floats of a thread's scratch: decoded weights, their scales, the sums of a block of columns
+#define N_SCRATCH (DSV4_ROWS*PIECE*(DSV4_GROUP + DSV4_LANES) + BLOCK_COLS*DSV4_ROWS*DSV4_LANES)
 
 // Work memory, one after the other, each part aligned to 64 bytes.
 struct work {
     float   * panels;  // (src1 rows, n_groups, 8, 16) activations in the kernels' order
-    float   * scratch; // (threads, DSV4_ROWS*n_groups*(128 + 16)) decoded weights and scales
+    float   * scratch; // (threads, N_SCRATCH)
     int32_t * first;   // MUL_MAT_ID: (n_experts + 1) where an expert's slots start
     int32_t * slots;   //   (n_used*n_tokens) token*n_used + slot, sorted by expert
     int32_t * active;  //   (n_experts + 1) their number, then the experts that have slots
@@ -87,7 +95,7 @@ static struct work make_work(const struct product * p, int n_threads, char * bas
     const int64_t n_slots   = p->ids ? p->ids->ne[0]*p->ids->ne[1] : 0;
 
     work.panels  = take(base, &work.size, sizeof(float)*p->n_x_rows*p->n_groups*DSV4_GROUP);
-    work.scratch = take(base, &work.size, sizeof(float)*n_threads*DSV4_ROWS*p->n_groups*(DSV4_GROUP + DSV4_LANES));
+    work.scratch = take(base, &work.size, sizeof(float)*n_threads*N_SCRATCH);
     work.first   = take(base, &work.size, sizeof(int32_t)*(n_experts + 1));
     work.slots   = take(base, &work.size, sizeof(int32_t)*n_slots);
     work.active  = take(base, &work.size, sizeof(int32_t)*(n_experts + 1));
@@ -202,6 +210,41 @@ static float * column_dst(const struct columns * cols, int64_t c) {
     return (float *) ((char *) p->dst->data + c*p->dst->nb[1] + cols->i2*p->dst->nb[2] + cols->i3*p->dst->nb[3]);
 }
 
+// n_rows <= DSV4_ROWS weight rows from w on with n_cols <= BLOCK_COLS columns from first on
+static void multiply_block(
+        const struct columns * cols, const char * w, int64_t row, int n_rows, int64_t first, int n_cols, float * scratch) {
+    const struct product * p = cols->p;
+    const struct dsv4_kernels * kernels = p->kernels;
+    const size_t group_bytes = ggml_row_size(p->w->type, DSV4_GROUP);
+
+    float * scales = scratch + DSV4_ROWS*PIECE*DSV4_GROUP;
+    float * sums   = scales  + DSV4_ROWS*PIECE*DSV4_LANES;
+    memset(sums, 0, sizeof(float)*n_cols*DSV4_ROWS*DSV4_LANES);
+
+    for (int64_t g = 0; g < p->n_groups; g += PIECE) {
+        const int64_t n_groups = MIN(PIECE, p->n_groups - g);
+        const int64_t n        = MIN(n_groups*DSV4_GROUP, p->n - g*DSV4_GROUP);
+        for (int r = 0; r < DSV4_ROWS; r++) {
+            // rows behind the last are computed again and dropped
+            kernels->decode(n, w + MIN(r, n_rows - 1)*p->w->nb[1] + g*group_bytes,
+                scratch + r*n_groups*DSV4_GROUP, scales + r*n_groups*DSV4_LANES);
+        }
+        for (int c = 0; c < n_cols; c += DSV4_COLS) {
+            const int n_tile = MIN(DSV4_COLS, n_cols - c);
+            const float * y[DSV4_COLS];
+            for (int i = 0; i < n_tile; i++) {
+                y[i] = column_panel(cols, first + c + i) + g*DSV4_GROUP;
+            }
+            kernels->tile(n_groups, scratch, scales, y, n_tile, sums + c*DSV4_ROWS*DSV4_LANES);
+        }
+    }
+    for (int c = 0; c < n_cols; c++) {
+        float s[DSV4_ROWS];
+        dsv4_sum_lanes_of_rows(sums + c*DSV4_ROWS*DSV4_LANES, s);
+        memcpy(column_dst(cols, first + c) + row, s, n_rows*sizeof(float));
+    }
+}
+
 static void multiply(
         const struct columns * cols, const char * w, int64_t row, int64_t row_end, int64_t n_cols, float * scratch) {
     const struct product * p = cols->p;
@@ -215,26 +258,10 @@ static void multiply(
         }
         return;
     }
-    float * scales = scratch + DSV4_ROWS*p->n_groups*DSV4_GROUP;
-    for (; row < row_end; row += DSV4_ROWS) {
-        const int n_rows = (int) MIN(DSV4_ROWS, row_end - row);
-        for (int r = 0; r < DSV4_ROWS; r++) {
-            // rows behind the last are computed again and dropped
-            const int64_t i = row + MIN(r, n_rows - 1);
-            p->kernels->decode(p->n, w + i*row_bytes,
-                scratch + r*p->n_groups*DSV4_GROUP, scales + r*p->n_groups*DSV4_LANES);
-        }
-        for (int64_t c = 0; c < n_cols; c += DSV4_COLS) {
-            const int n_tile = (int) MIN(DSV4_COLS, n_cols - c);
-            const float * y[DSV4_COLS];
-            float s[DSV4_COLS][DSV4_ROWS];
-            for (int i = 0; i < n_tile; i++) {
-                y[i] = column_panel(cols, c + i);
-            }
-            p->kernels->tile(p->n_groups, scratch, scales, y, n_tile, s);
-            for (int i = 0; i < n_tile; i++) {
-                memcpy(column_dst(cols, c + i) + row, s[i], n_rows*sizeof(float));
-            }
+    for (int64_t c = 0; c < n_cols; c += BLOCK_COLS) {
+        for (int64_t r = row; r < row_end; r += DSV4_ROWS) {
+            multiply_block(cols, w + r*row_bytes, r, (int) MIN(DSV4_ROWS, row_end - r),
+                c, (int) MIN(BLOCK_COLS, n_cols - c), scratch);
         }
     }
 }
@@ -257,15 +284,18 @@ bool dsv4_product_compute(struct ggml_compute_params * params, struct ggml_tenso
     }
     ggml_barrier(params->threadpool);
 
-    float * scratch = work.scratch + (int64_t) params->ith*DSV4_ROWS*p.n_groups*(DSV4_GROUP + DSV4_LANES);
+    float * scratch = work.scratch + (int64_t) params->ith*N_SCRATCH;
 
     const int64_t n_rows   = p.w->ne[1];
-    const int64_t n_chunks = (n_rows + CHUNK_ROWS - 1)/CHUNK_ROWS;
     const int64_t n_mats   = p.ids ? work.active[0] : p.x->ne[2]*p.x->ne[3];
+    // a handful of chunks for each thread: few enough to be long streams, enough for none to wait
+    const int64_t share    = n_mats*n_rows/(8*params->nth)/MIN_CHUNK*MIN_CHUNK;
+    const int64_t chunk    = MAX(MIN_CHUNK, MIN(MAX_CHUNK, share));
+    const int64_t n_chunks = (n_rows + chunk - 1)/chunk;
 
     for (int64_t unit = params->ith; unit < n_mats*n_chunks; unit = ggml_threadpool_chunk_add(params->threadpool, 1)) {
         const int64_t mat = unit / n_chunks;
-        const int64_t row = unit % n_chunks*CHUNK_ROWS;
+        const int64_t row = unit % n_chunks*chunk;
 
         struct columns cols = { .p = &p, .work = &work };
         const char * w = p.w->data;
@@ -281,7 +311,7 @@ bool dsv4_product_compute(struct ggml_compute_params * params, struct ggml_tenso
             w      += cols.i2/(p.x->ne[2]/p.w->ne[2])*p.w->nb[2] + cols.i3/(p.x->ne[3]/p.w->ne[3])*p.w->nb[3];
             n_cols  = p.x->ne[1];
         }
-        multiply(&cols, w, row, MIN(row + CHUNK_ROWS, n_rows), n_cols, scratch);
+        multiply(&cols, w, row, MIN(row + chunk, n_rows), n_cols, scratch);
     }
     return true;
 }
