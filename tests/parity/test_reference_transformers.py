@@ -1,4 +1,4 @@
-"""The NumPy reference against transformers' implementation of DeepSeek-V4: two programs, one set of weights.
+"""The NumPy reference and the engine against transformers' implementation of DeepSeek-V4: one set of weights.
 
 Transformers reads the weights from a hub-form folder by the official names through its own renaming table, so
 nothing here maps names. It has none of the fake quantisers, so only level "none" can be compared. Needs torch
@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 from reference import Config, Model, load_checkpoint
 
-from pyllama_dsv4.synth import tiny_config, write_checkpoint
+from pyllama_dsv4 import Llama
+from pyllama_dsv4.convert import convert
+from pyllama_dsv4.synth import tiny_config, write_checkpoint, write_upstream_f32
 
 torch = pytest.importorskip("torch", reason="torch is not installed (pip install torch transformers)")
 transformers = pytest.importorskip(
@@ -43,6 +45,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 # Two F32 programs that sum in different order; logits have an RMS of 4.
 MAX_ERROR = 2e-4
+ENGINE_MAX_ERROR = 1e-3
 N_TOKENS = 300
 
 
@@ -97,6 +100,30 @@ def test_logits_equal_transformers_in_uneven_steps(tmp_path: Path) -> None:
     assert begin == N_TOKENS
     report("tiny", 2, "steps", ours, np.concatenate(steps))
     assert np.abs(ours - np.concatenate(steps)).max() < MAX_ERROR
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["f32", "native"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_engine_equals_transformers(file: str, seed: int, tmp_path: Path) -> None:
+    config, _, theirs = open_in_both(tmp_path, seed, CONFIGS["tiny"])
+    tokens = random_tokens(config, N_TOKENS)
+    with torch.no_grad():
+        want = theirs(torch.tensor(tokens)[None], use_cache=False).logits[0].numpy()
+    write = write_upstream_f32 if file == "f32" else convert
+    write(tmp_path / "released", tmp_path / "model.gguf")
+    with Llama(
+        tmp_path / "model.gguf",
+        n_ctx=512,
+        n_threads=1,
+        warmup=False,
+        cache_type="f32",
+        flash_attn="off",
+        act_quant="none",
+    ) as llm:
+        got = llm.eval([int(token) for token in tokens], logits="all")
+    report(file, seed, "engine", got, want)
+    assert np.abs(got - want).max() < ENGINE_MAX_ERROR
 
 
 def report(name: str, seed: int, how: str, ours: Any, theirs: Any) -> None:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from .config import Config
 
-__all__ = ["frequencies", "rope"]
+__all__ = ["frequencies", "rope", "rotate"]
 
 Array = npt.NDArray[np.floating]
 
@@ -46,15 +46,18 @@ def rope(x: Array, positions: npt.NDArray[np.integer], freqs: Array, *, inverse:
         positions: (n,).
         inverse: turn by the opposite angle.
     """
-    angle = (
-        positions.astype(x.dtype)[:, None] * freqs
-    )  # (n, R/2), in the compute type like the official code's
+    # in the compute type, like the official code's
+    return rotate(x, positions.astype(x.dtype)[:, None] * freqs, inverse=inverse)
+
+
+def rotate(x: Array, angle: Array, *, inverse: bool = False) -> Array:
+    """``rope`` by angles (n, pairs)."""
     cos, sin = np.cos(angle), np.sin(angle)
     if inverse:
         sin = -sin
     middle = (1,) * (x.ndim - 2)
     cos, sin = (a.reshape(a.shape[0], *middle, a.shape[1]) for a in (cos, sin))
-    n_rope = 2 * freqs.shape[0]
+    n_rope = 2 * angle.shape[1]
     even, odd = x[..., -n_rope::2], x[..., -n_rope + 1 :: 2]
     y = x.copy()
     y[..., -n_rope::2] = even * cos - odd * sin
