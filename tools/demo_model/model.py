@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import functional
 
 from pyllama_dsv4.tensors import HParams
 
@@ -25,10 +26,10 @@ from .rounding import bf16, e2m1, e4m3, fp4_groups, fp8_tiles
 
 __all__ = ["LEVELS", "Model", "Output"]
 
-Tensor = torch.Tensor
-
 LEVELS = ("none", "cache", "full")
-N_QUERIES = 1024  # queries that meet the compressed rows at a time: bounds memory, and skips rows of the future
+N_QUERIES = (
+    1024  # queries that meet the compressed rows at a time: bounds memory, and skips rows of the future
+)
 
 
 @dataclass
@@ -156,7 +157,7 @@ class Model:
         n, hp = self.hp.hc_count, self.hp
         flat = s.flatten(1)
         fn, base, scale = (self.stored(f"{name}_{part}") for part in ("fn", "base", "scale"))
-        z = F.linear(flat, fn) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + hp.rms_eps)
+        z = functional.linear(flat, fn) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + hp.rms_eps)
         pre = torch.sigmoid(z[:, :n] * scale[0] + base[:n]) + hp.hc_eps
         post = 2 * torch.sigmoid(z[:, n : 2 * n] * scale[1] + base[n : 2 * n])
         # tokens last: sums over four numbers become sums of long vectors
@@ -172,8 +173,8 @@ class Model:
 
     def _compress(self, x: Tensor, name: str, ratio: int) -> Tensor:
         """Input (B, n, d) -> rows (B, n / ratio, width), normalised and rotated."""
-        content = F.linear(x, self.stored(f"{name}.wkv.weight")).unflatten(1, (-1, ratio))
-        score = F.linear(x, self.stored(f"{name}.wgate.weight")).unflatten(1, (-1, ratio))
+        content = functional.linear(x, self.stored(f"{name}.wkv.weight")).unflatten(1, (-1, ratio))
+        score = functional.linear(x, self.stored(f"{name}.wgate.weight")).unflatten(1, (-1, ratio))
         score = score + self.stored(f"{name}.ape")
         if ratio == 4:
             content, score = (self._overlap(t, fill) for t, fill in ((content, 0.0), (score, -torch.inf)))
@@ -185,7 +186,7 @@ class Model:
     def _overlap(windows: Tensor, fill: float) -> Tensor:
         """(B, R, 4, 2D) -> the 8 candidates of each row (B, R, 8, D): the last window's first half, the own second."""
         handed_on, own = windows.chunk(2, -1)
-        before = F.pad(handed_on[:, :-1], (0, 0, 0, 0, 1, 0), value=fill)
+        before = functional.pad(handed_on[:, :-1], (0, 0, 0, 0, 1, 0), value=fill)
         return torch.cat([before, own], 2)
 
     def _attention(self, x: Tensor, layer: int, out: Output) -> Tensor:
@@ -195,12 +196,12 @@ class Model:
         H, D = hp.n_head, hp.head_dim
         turn = self._turn(torch.arange(n), ratio)
         xq = self._input(x)
-        a = F.linear(xq, self.stored(f"{at}.wq_a.weight"))
+        a = functional.linear(xq, self.stored(f"{at}.wq_a.weight"))
         a = unit(a, hp.rms_eps) * self.stored(f"{at}.q_norm.weight")
         aq = self._input(a)
-        q = unit(F.linear(aq, self.stored(f"{at}.wq_b.weight")).view(B, n, H, D), hp.rms_eps)
+        q = unit(functional.linear(aq, self.stored(f"{at}.wq_b.weight")).view(B, n, H, D), hp.rms_eps)
         q = rope(q, turn[:, None]) / math.sqrt(D)
-        kv = F.linear(xq, self.stored(f"{at}.wkv.weight"))
+        kv = functional.linear(xq, self.stored(f"{at}.wkv.weight"))
         kv = self._kv(rope(unit(kv, hp.rms_eps) * self.stored(f"{at}.kv_norm.weight"), turn))
 
         weight, value = self._window(q, kv)  # (B, n, H, 1), (B, n, H, D)
@@ -214,7 +215,7 @@ class Model:
         wo_a = self.stored(f"{at}.wo_a.weight").view(G, hp.o_lora_rank, -1)
         low = torch.bmm(o.reshape(B * n, G, -1).transpose(0, 1), wo_a.transpose(1, 2))
         low = low.transpose(0, 1).reshape(B, n, -1)
-        return F.linear(self._input(low), self.stored(f"{at}.wo_b.weight"))
+        return functional.linear(self._input(low), self.stored(f"{at}.wo_b.weight"))
 
     # Queries have an RMS of one and rows that of their norm's weight, so scores stay far below the 88 where exp
     # overflows: no maximum is subtracted, and parts of one softmax are computed apart and added.
@@ -224,7 +225,7 @@ class Model:
         B, n, H, D = q.shape
         W = self.hp.n_swa
         blocks = kv.view(B, n // W, W, D)
-        keys = torch.cat([F.pad(blocks[:, :-1], (0, 0, 0, 0, 1, 0)), blocks], 2).view(-1, 2 * W, D)
+        keys = torch.cat([functional.pad(blocks[:, :-1], (0, 0, 0, 0, 1, 0)), blocks], 2).view(-1, 2 * W, D)
         age = torch.arange(W)[:, None] + W - torch.arange(2 * W)  # (W, 2W)
         hidden = ((age < 0) | (age >= W)).repeat(n // W, 1, 1)
         hidden[0, :, :W] = True  # nothing is before the first block
@@ -275,13 +276,13 @@ class Model:
         """Return queries (B, n, H_i, D_i), rows (B, R, D_i) and head weights (B, n, H_i) of the indexer."""
         at = f"layers.{layer}.attn.indexer"
         H, D = self.hp.indexer_n_head, self.hp.indexer_head_dim
-        q = F.linear(aq, self.stored(f"{at}.wq_b.weight")).unflatten(-1, (H, D))
-        g = F.linear(x, self.stored(f"{at}.weights_proj.weight")) * (D**-0.5 * H**-0.5)
+        q = functional.linear(aq, self.stored(f"{at}.wq_b.weight")).unflatten(-1, (H, D))
+        g = functional.linear(x, self.stored(f"{at}.weights_proj.weight")) * (D**-0.5 * H**-0.5)
         return self._index(rope(q, turn[:, None])), self._index(self._compress(x, f"{at}.compressor", 4)), g
 
     @staticmethod
     def _scores(index: tuple[Tensor, Tensor, Tensor], start: int, stop: int, n_rows: int) -> Tensor:
-        q, rows, g = (t[:, : n_rows] if i == 1 else t[:, start:stop] for i, t in enumerate(index))
+        q, rows, g = (t[:, :n_rows] if i == 1 else t[:, start:stop] for i, t in enumerate(index))
         B, m, H, D = q.shape
         dots = torch.bmm(q.reshape(B, m * H, D), rows.transpose(1, 2)).relu().view(B * m, H, n_rows)
         return torch.bmm(g.reshape(B * m, 1, H), dots).view(B, m, n_rows)
@@ -290,14 +291,16 @@ class Model:
 
     def _expert(self, xq: Tensor, weight: Tensor | None, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
         limit = self.hp.swiglu_limit
-        h = F.silu(F.linear(xq, w1).clamp(max=limit)) * F.linear(xq, w3).clamp(-limit, limit)
-        return F.linear(self._input(h if weight is None else h * weight), w2)
+        h = functional.silu(functional.linear(xq, w1).clamp(max=limit)) * functional.linear(xq, w3).clamp(
+            -limit, limit
+        )
+        return functional.linear(self._input(h if weight is None else h * weight), w2)
 
     def _experts(self, x: Tensor, tokens: Tensor, layer: int, out: Output) -> Tensor:
         """Input (N, d) and ids (N,) -> (N, d)."""
         hp, at = self.hp, f"layers.{layer}.ffn"
         k = hp.n_expert_used
-        score = F.softplus(F.linear(x, self.stored(f"{at}.gate.weight"))).sqrt()  # (N, E)
+        score = functional.softplus(functional.linear(x, self.stored(f"{at}.gate.weight"))).sqrt()  # (N, E)
         if layer < hp.n_hash_layer:
             chosen = self.params[f"{at}.gate.tid2eid"][tokens]
         else:
@@ -306,7 +309,9 @@ class Model:
         picked = score.gather(1, chosen)
         weight = (hp.expert_weights_scale * picked / picked.sum(1, keepdim=True)).flatten()
         xq = self._input(x)
-        y = self._expert(xq, None, *(self.stored(f"{at}.shared_experts.{w}.weight") for w in ("w1", "w3", "w2")))
+        y = self._expert(
+            xq, None, *(self.stored(f"{at}.shared_experts.{w}.weight") for w in ("w1", "w3", "w2"))
+        )
         stacks = [self.stored(f"{at}.experts.{{e}}.{w}.weight") for w in ("w1", "w3", "w2")]
         slots = chosen.flatten().argsort(stable=True)  # slot = token * k + place, grouped by expert
         counts = torch.bincount(chosen.flatten(), minlength=hp.n_expert).tolist()
@@ -330,11 +335,13 @@ class Model:
         """
         hp = self.hp
         B, n_given = tokens.shape
-        tokens = F.pad(tokens, (0, -n_given % hp.n_swa))  # nothing looks ahead: what is added changes nothing
+        tokens = functional.pad(
+            tokens, (0, -n_given % hp.n_swa)
+        )  # nothing looks ahead: what is added changes nothing
         n = tokens.shape[1]
         out = Output(logits=torch.empty(0), index_loss=torch.zeros(()))
         ids = tokens.flatten()
-        x = F.embedding(tokens, self.stored("embed.weight")).view(B * n, 1, hp.n_embd)
+        x = functional.embedding(tokens, self.stored("embed.weight")).view(B * n, 1, hp.n_embd)
         s = x.expand(-1, hp.hc_count, -1).contiguous()  # (N, S, d)
         for layer in range(hp.n_layer):
             at = f"layers.{layer}"
@@ -346,11 +353,11 @@ class Model:
             u = unit(u, hp.rms_eps) * self.stored(f"{at}.ffn_norm.weight")
             s = self._leave(self._experts(u, ids, layer, out), s, post, mix)
         wanted = torch.ones(B, n_given, dtype=torch.bool) if selected is None else selected
-        s = s[F.pad(wanted, (0, n - n_given)).flatten()]
+        s = s[functional.pad(wanted, (0, n - n_given)).flatten()]
         flat = s.flatten(1)
-        z = F.linear(unit(flat, hp.rms_eps), self.stored("hc_head_fn"))
+        z = functional.linear(unit(flat, hp.rms_eps), self.stored("hc_head_fn"))
         pre = torch.sigmoid(z * self.stored("hc_head_scale") + self.stored("hc_head_base")) + hp.hc_eps
         x = torch.bmm(pre[:, None], s)[:, 0]
         x = unit(x, hp.rms_eps) * self.stored("norm.weight")
-        out.logits = F.linear(x, self.stored("head.weight"))
+        out.logits = functional.linear(x, self.stored("head.weight"))
         return out

@@ -9,10 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 __all__ = ["bf16", "e2m1", "e4m3", "fp4_groups", "fp8_tiles"]
-
-Tensor = torch.Tensor
 
 TILE = 128
 GROUP = 32
