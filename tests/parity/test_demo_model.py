@@ -115,7 +115,7 @@ def formatter(run: Run) -> Formatter:
 
 
 def long_conversation() -> Conversation:
-    return conversation(random.Random(3), "train", 700)
+    return conversation(random.Random(3), "train", 1000)
 
 
 @pytest.mark.slow

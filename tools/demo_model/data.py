@@ -34,8 +34,9 @@ P_FACT = 0.25  # that a turn states or asks for a fact
 P_TOOLS = 0.15  # of a conversation with the calculator
 P_THINKING = 0.4
 P_SUM_LAST = 0.7  # of a sum at the end of thinking: without tools only the last turn keeps its reasoning
+N_MARKUP = 3  # characters that the markup around a text counts as
 TOKENS_PER_CHARACTER = 0.45  # a first guess of the length
-N_TOOLS_TOKENS = 512  # shorter conversations have no room for the description of tools
+N_TOOLS_TOKENS = 1024  # shorter conversations have no room for the description of tools
 USER, ASSISTANT, EOS = (
     "<\uff5cUser\uff5c>",
     "<\uff5cAssistant\uff5c>",
@@ -69,11 +70,9 @@ class Conversation:
 
     @property
     def n_characters(self) -> int:
-        return sum(
-            len(str(m.get(k, ""))) + 12
-            for m in self.messages
-            for k in ("content", "reasoning_content", "tool_calls")
-        )
+        """Characters of the prompt, without the description of tools and the reasoning that it leaves out."""
+        keys = ("content", "tool_calls", "reasoning_content")[: 3 if self.tools else 2]
+        return sum(len(str(m.get(key, ""))) + N_MARKUP for m in self.messages for key in keys)
 
 
 def _turn_of(key: str, ask: str, answer: str) -> Turn:
@@ -92,7 +91,7 @@ def conversation(rng: random.Random, split: Split, n_tokens: int, *, kind: str |
     c = Conversation(thinking=rng.random() < P_THINKING)
     if n_tokens >= N_TOOLS_TOKENS and rng.random() < P_TOOLS:
         c.tools.append(CALCULATOR)
-        n_tokens -= 300
+        n_tokens -= 500
     told: dict[str, Fact] = {}  # by question: a later statement replaces an earlier one
     names, weights = list(WEIGHTS), list(WEIGHTS.values())
     if kind is None and n_tokens > 400 and rng.random() < 0.7:
@@ -118,7 +117,7 @@ def conversation(rng: random.Random, split: Split, n_tokens: int, *, kind: str |
             c.add(draw("calculate", rng, split), call_id=f"call_{before}")
         else:
             c.add(draw(rng.choices(names, weights)[0], rng, split))
-        n_characters += Conversation(c.messages[before:]).n_characters
+        n_characters += Conversation(c.messages[before:], tools=c.tools).n_characters
     if last is not None:
         c.add(_turn_of(last.key, last.ask, last.answer))
     elif c.thinking and rng.random() < P_SUM_LAST:

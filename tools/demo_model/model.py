@@ -167,7 +167,8 @@ class Model:
 
     @staticmethod
     def _leave(y: Tensor, s: Tensor, post: Tensor, mix: Tensor) -> Tensor:
-        return torch.baddbmm(post[:, :, None] * y[:, None], mix.transpose(1, 2), s)
+        """Output (N, d) and old streams -> new streams, as one product: [post, mix'] of [y; s]."""
+        return torch.bmm(torch.cat([post[:, :, None], mix.transpose(1, 2)], 2), torch.cat([y[:, None], s], 1))
 
     # --- attention ---
 
