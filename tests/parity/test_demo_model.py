@@ -37,6 +37,8 @@ from pyllama_dsv4.tensors import HParams  # noqa: E402
 
 Array = npt.NDArray[np.floating]
 
+torch.set_num_threads(1)  # on a busy machine several spin while they wait for each other
+
 N_TOKENS = 300  # two whole windows of 128 and 75 rows of ratio 4, of which 16 are chosen
 N_VOCAB = 320
 TINY = {  # like the demonstration model, chosen rows and experts included
