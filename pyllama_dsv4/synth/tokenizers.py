@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -11,7 +12,7 @@ from typing import Any, Final, Literal
 from pyllama_dsv4.convert.tokenizer import PRE_TOKENIZER_PATTERNS
 from pyllama_dsv4.errors import ArgumentError
 
-__all__ = ["N_VOCAB", "Tokenizer", "find_deepseek_tokenizer", "write_json", "write_tokenizer"]
+__all__ = ["N_VOCAB", "Tokenizer", "bpe_files", "find_deepseek_tokenizer", "write_json", "write_tokenizer"]
 
 Tokenizer = Literal["deepseek", "bytes"]
 """``deepseek``: V4's own, from the ``deepseek-tokenizer`` package. ``bytes``: a small one of V4's kind."""
@@ -91,9 +92,9 @@ def _byte_alphabet() -> list[str]:
 
 
 def _byte_tokenizer() -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return ``tokenizer.json`` and ``tokenizer_config.json`` of a small byte-level BPE of V4's kind."""
+    """Return the files of a tokenizer whose merges spell some common words."""
     alphabet = _byte_alphabet()
-    texts = [_BOS, _EOS, _PAD, *alphabet]
+    texts = list(alphabet)
     merges = []
     for word in _WORDS:
         letters = [alphabet[b] for b in word.encode()]
@@ -103,10 +104,23 @@ def _byte_tokenizer() -> tuple[dict[str, Any], dict[str, Any]]:
                 merges.append(f"{left} {right}")
                 texts.append(left + right)
             left += right
+    assert len(texts) + 3 + len(_MARKERS) <= N_VOCAB["bytes"]
+    return bpe_files(merges)
+
+
+def bpe_files(merges: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return ``tokenizer.json`` and ``tokenizer_config.json`` of a byte-level BPE of V4's kind.
+
+    Args:
+        merges: ``"left right"`` in the byte-level alphabet, the earlier the stronger; no two give the same text.
+
+    Returns:
+        Both files' contents. Ids: BOS, EOS and padding, the 256 bytes, the merges, the other special tokens.
+    """
+    texts = [_BOS, _EOS, _PAD, *_byte_alphabet(), *(merge.replace(" ", "") for merge in merges)]
     added = [*texts[:3], *_MARKERS]
     vocab = {text: i for i, text in enumerate(texts)}
     ids = {text: i for i, text in enumerate([*texts, *_MARKERS])}
-    assert len(ids) <= N_VOCAB["bytes"]
     splits = [
         {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
         for pattern in PRE_TOKENIZER_PATTERNS
@@ -125,7 +139,7 @@ def _byte_tokenizer() -> tuple[dict[str, Any], dict[str, Any]]:
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, byte_level]},
         "post_processor": byte_level,
         "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
+        "model": {"type": "BPE", "vocab": vocab, "merges": list(merges)},
     }
     config = {
         "add_bos_token": False,
