@@ -334,7 +334,10 @@ def shown_on_a_terminal(text: str, color: str) -> str:
         writer = AnswerWriter(color, stream)
         writer.write(text, is_dim=True)
         writer.end_line()
-        return screen.read(1000).decode().replace("\r\n", "\n")
+        data = b""
+        while not data.endswith(b"\n"):  # a terminal gives what there is, not all of it
+            data += screen.read(1000)
+        return data.decode().replace("\r\n", "\n")
 
 
 def test_a_models_text_cannot_command_the_terminal() -> None:
