@@ -164,8 +164,8 @@ def test(args: list[str]) -> int:
         return subprocess.run([str(BIN / "pytest"), *args], cwd=ROOT, check=False).returncode
     start_s = time.monotonic()
     codes = {"checks": check(), "native tests": native_tests()}
-    say("pytest: all tests but those that need a GPU, real weights or a network")
-    select = "not gpu and not weights and not network"
+    say("pytest: all tests but those that need a GPU, real weights, a network or many minutes")
+    select = "not gpu and not weights and not network and not soak"
     codes["pytest"] = subprocess.run([str(BIN / "pytest"), "-m", select], cwd=ROOT, check=False).returncode
     failed = [name for name, code in codes.items() if code != 0]
     outcome = f"FAILED: {', '.join(failed)}" if failed else "passed"

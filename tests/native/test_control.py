@@ -190,7 +190,7 @@ def _soak(llm: Llama, seconds: float) -> int:
     return sum(n_compared)
 
 
-@pytest.mark.parametrize("seconds", [20, pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seconds", [20, pytest.param(600, marks=pytest.mark.soak)])
 def test_soak(llm: Llama, seconds: float) -> None:
     _soak(llm, 2)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
