@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from ._native import lib
 from .context import Context
 from .errors import ArgumentError
 from .header import check_header
-from .machine import read_bandwidth, working_set_bytes
+from .machine import peak_bytes, read_bandwidth
 from .model import Model
 from .plan import Plan, TokenBytes, plan_model
 
@@ -122,15 +121,6 @@ class Bench:
                 for m in self.measurements
             ],
         }
-
-
-def _peak_bytes() -> int | None:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return working_set_bytes()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
 def bench(
@@ -243,7 +233,7 @@ def bench(
         load_s=load_s,
         first_token_s=statistics.median(first_s) if first_s else float("nan"),
         bandwidth=bandwidth,
-        peak_bytes=_peak_bytes(),
+        peak_bytes=peak_bytes(),
         measurements=measurements,
         plan=plan,
     )

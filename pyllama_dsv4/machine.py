@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
-__all__ = ["available_bytes", "n_cpus", "read_bandwidth", "working_set_bytes"]
+__all__ = ["available_bytes", "n_cpus", "peak_bytes", "read_bandwidth", "working_set_bytes"]
 
 _MIB: Final = 1 << 20
 _MIN_PROBE_BYTES: Final = 16 * _MIB
@@ -49,6 +49,15 @@ def available_bytes() -> int | None:
 def working_set_bytes() -> int | None:
     """Return this process's resident memory, mapped file pages included; None when unknown."""
     kib = _first_number("/proc/self/status", "VmRSS:")
+    return None if kib is None else kib * 1024
+
+
+def peak_bytes() -> int | None:
+    """Return the largest resident memory that this process ever had, mapped file pages included; None when unknown.
+
+    The system's other count, ``ru_maxrss``, begins with the size of the process that started this one.
+    """
+    kib = _first_number("/proc/self/status", "VmHWM:")
     return None if kib is None else kib * 1024
 
 

@@ -1005,17 +1005,18 @@ def test_killed_half_way(tiny: Path, tmp_path: Path, sig: signal.Signals) -> Non
 
 
 MEASURE = """
-    import resource, sys
+    import sys
     import numpy, gguf
     from pyllama_dsv4.convert import convert
     from pyllama_dsv4.convert import repack
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    from pyllama_dsv4.machine import peak_bytes
+    before = peak_bytes()
     convert(sys.argv[1], sys.argv[2], n_threads=2)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+    print(peak_bytes() - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_memory_stays_below_one_tensor(tmp_path: Path) -> None:
     """An embedding of 128 MiB: reading it whole would need that much."""
     config = synth.tiny_config(vocab_size=262144, num_hash_layers=0, num_hidden_layers=1)
