@@ -3,12 +3,14 @@ find_package(Python REQUIRED COMPONENTS Interpreter Development.Module)
 
 set(_package ${CMAKE_SOURCE_DIR}/pyllama_dsv4)
 
+include(cmake/rpc.cmake)
+
 # --- capi: the seam to upstream's C++ ---
 configure_file(${PYLLAMA_DSV4_NATIVE}/capi/build-info.cpp.in ${CMAKE_BINARY_DIR}/pyl-build-info.cpp @ONLY)
 add_library(pyllama-capi STATIC ${_capi_sources} ${CMAKE_BINARY_DIR}/pyl-build-info.cpp)
 target_include_directories(pyllama-capi PUBLIC ${PYLLAMA_DSV4_NATIVE}/capi)
 target_include_directories(pyllama-capi PRIVATE ${PYLLAMA_DSV4_NATIVE}/llama ${PYLLAMA_DSV4_LLAMA_CPP}/src)
-target_link_libraries(pyllama-capi PUBLIC llama-common llama)
+target_link_libraries(pyllama-capi PUBLIC llama-common llama pyllama-rpc)
 
 include(cmake/server.cmake)
 

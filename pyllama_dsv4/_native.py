@@ -148,6 +148,7 @@ _STATUS: dict[int, type[errors.PyllamaError]] = {
     lib.PYL_ERROR_ARGUMENT: errors.ArgumentError,
     lib.PYL_CANCELLED: errors.CancelledError,
     lib.PYL_CONTEXT_FULL: errors.ContextFullError,
+    lib.PYL_ERROR_WORKER: errors.WorkerError,
 }
 
 
@@ -180,6 +181,8 @@ def check_ptr(pointer: T, op: str, cls: type[errors.PyllamaError] = errors.Infer
             cls = errors.MemoryLimitError
         elif reason == "cancelled":
             cls = errors.CancelledError
+        elif reason.startswith("worker "):
+            cls = errors.WorkerError
         _fail(cls, op, **facts)
     return pointer
 

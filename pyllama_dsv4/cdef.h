@@ -363,7 +363,8 @@ enum pyl_status
   PYL_ERROR_MEMORY = ...,
   PYL_ERROR_ARGUMENT = ...,
   PYL_CANCELLED = ...,
-  PYL_CONTEXT_FULL = ...
+  PYL_CONTEXT_FULL = ...,
+  PYL_ERROR_WORKER = ...
 };
 struct pyl_monitor
 {
@@ -426,5 +427,17 @@ bool pyl_quantize_knows(enum llama_ftype ftype);
 int32_t pyl_tokenize(const struct llama_vocab *vocab, const char *text, int32_t n_bytes, int32_t *ids, int32_t n_max, bool parse_special);
 int32_t pyl_token_bytes(const struct llama_vocab *vocab, int32_t id, char *buf, int32_t size);
 int32_t pyl_server_run(int32_t argc, const char * const *argv);
+const char *pyl_rpc_version(void);
+void pyl_rpc_identity(uint8_t *out);
+int32_t pyl_devices(const char *endpoint, ggml_backend_dev_t *devices, uint64_t *n_bytes, int32_t n_max);
+void pyl_rpc_register(void);
+struct pyl_worker
+{
+  int32_t cancel;
+  int32_t port;
+  int32_t n_clients;
+  int32_t is_busy;
+};
+int32_t pyl_rpc_serve(const char *host, int32_t port, const char *cache_dir, int32_t n_threads, struct pyl_worker *worker);
 int32_t pyl_n_cores(void);
 int32_t pyl_warm_range(int fd, int64_t offset, int64_t n_bytes, int64_t *n_bytes_resident);

@@ -41,6 +41,7 @@ __all__ = [
     "Type42Error",
     "UnknownOptionError",
     "UnsupportedModelError",
+    "WorkerError",
 ]
 
 
@@ -204,6 +205,10 @@ class CancelledError(PyllamaError, RuntimeError):
 
 class ServerError(PyllamaError, RuntimeError):
     """The server cannot listen, or ended with an error."""
+
+
+class WorkerError(PyllamaError, ConnectionError):
+    """A worker on another machine cannot be reached, is of another build, or was lost; or none can be started here."""
 
 
 class ClosedError(PyllamaError, ValueError):

@@ -28,6 +28,7 @@ from .model import Model, check_model
 from .options import keyword_names, refuse_unknown
 from .plan import N_CTX_DEFAULT, Plan, plan_model
 from .prefix_cache import BYTES_MAX, PrefixCache
+from .rpc import device_plan, rpc_devices
 from .sampler import SAMPLING_NAMES, Sampler, SamplingOptions, SamplingParams
 from .session import Session
 from .state import model_fingerprint
@@ -75,6 +76,7 @@ class LlamaBase:
         seed: int | None = None,
         chat_template: str | None = None,
         progress: Callable[[Progress], bool | None] | None = None,
+        rpc: str | Sequence[str] = (),
         prefix_cache: str | os.PathLike[str] | None = None,
         prefix_cache_bytes: int = BYTES_MAX,
         warmup: bool = True,
@@ -104,6 +106,8 @@ class LlamaBase:
             chat_template: Jinja text instead of the file's chat template.
             progress: Called with a ``Progress`` during the load (in this thread or a helper's) and the warm-up (from
                 the warm-up's thread); returning False cancels the load or stops the warm-up.
+            rpc: Workers on other machines (``pyllama-dsv4 rpc-server``) as ``"host:port"``; they hold the layers that
+                a GPU would, by default all. Nothing is encrypted: text can be guessed from what travels.
             prefix_cache: Folder in which evaluated prompts are kept for this and other processes; None keeps them in
                 memory only. Belongs to the model, the build and the settings that a cache depends on.
             prefix_cache_bytes: Size of that folder at most; what was used longest ago is removed.
@@ -117,6 +121,8 @@ class LlamaBase:
             ModelNotFoundError, ModelFileError, FormatError and its subclasses: the file, before the engine sees it.
             ModelLoadError: The engine refused the file.
             MemoryLimitError: Not enough memory for the model or the context.
+            WorkerError: A worker cannot be reached or is of another build; or, from every method that evaluates, it was
+                lost. Close the ``Llama`` then, and open another.
             CancelledError: `progress` returned False.
             ArgumentError, UnknownOptionError: an argument.
 
@@ -141,8 +147,12 @@ class LlamaBase:
         self.stats = Stats()
 
         self._report: HeaderReport = check_model(model_path)
+        devices = rpc_devices(rpc)
+        if devices and n_gpu_layers == "auto":
+            n_gpu_layers = -1
         self.plan: Plan = plan_model(
             self._report,
+            **device_plan(devices, n_gpu_layers),
             n_ctx=n_ctx,
             n_batch=n_batch,
             n_ubatch=n_ubatch,
@@ -159,6 +169,7 @@ class LlamaBase:
             n_gpu_layers=n_gpu_layers,
             use_mmap=use_mmap,
             use_mlock=use_mlock,
+            devices=[device.pointer for device in devices],
             on_progress=None if progress is None else lambda f: progress(Progress("load", f)) is not False,
         )
         try:

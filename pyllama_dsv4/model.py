@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -46,12 +46,14 @@ class Model:
         use_mlock: Keep the pages in memory.
         use_extra_bufts: Let the CPU backend repack weights into new memory. Never for DeepSeek-V4: the repacked
             copy would be as large as the file.
+        devices: ``ggml_backend_dev_t`` that layers may be placed on; empty lets the engine choose.
         on_progress: Called with the fraction 0..1 about every 50 ms; returning False cancels the load.
 
     Raises:
         ModelLoadError: The engine refused the file; ``native_log`` says why.
         MemoryLimitError: Not enough memory.
         CancelledError: `on_progress` returned False.
+        WorkerError: A worker was lost.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Model:
         use_mmap: bool = True,
         use_mlock: bool = False,
         use_extra_bufts: bool = False,
+        devices: Sequence[Any] = (),
         on_progress: Callable[[float], bool] | None = None,
     ) -> None:
         self.path = Path(path)
@@ -69,6 +72,9 @@ class Model:
         params.n_gpu_layers = n_gpu_layers
         params.load_mode = _load_mode(use_mmap, use_mlock)
         params.use_extra_bufts = use_extra_bufts
+        c_devices = ffi.new("ggml_backend_dev_t[]", [*devices, ffi.NULL])
+        if devices:
+            params.devices = c_devices
         monitor = ffi.new("struct pyl_monitor *")
         c_path = ffi.new("char[]", encode_path(path))
 

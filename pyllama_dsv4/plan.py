@@ -294,6 +294,7 @@ def plan_model(
     act_quant: Literal["none", "cache", "full"] = "cache",
     is_mapped: bool = True,
     gpu_bytes: Sequence[int] = (),
+    gpu_names: Sequence[str] = (),
     n_gpu_layers: int | None = None,
     n_cpu_moe: int | None = None,
     host_bytes: int | None = None,
@@ -312,6 +313,7 @@ def plan_model(
         act_quant: What is rounded as in DeepSeek's own code: nothing, rows that are cached, or inputs of products too.
         is_mapped: The file is mapped and not locked in memory.
         gpu_bytes: Memory of each GPU.
+        gpu_names: What they are called: workers on other machines count as GPUs. Empty numbers them.
         n_gpu_layers: Layers on GPUs, from the last to the first, the output layer counting as one; negative means
             all. None takes as many as fit.
         n_cpu_moe: First layers whose experts stay in host memory. None takes as few as fit.
@@ -343,6 +345,7 @@ def plan_model(
     layout = _Layout(
         sizes,
         gpu_bytes=tuple(gpu_bytes),
+        gpu_names=tuple(gpu_names) or tuple(f"GPU {i}" for i in range(len(gpu_bytes))),
         host_bytes=available_bytes() if host_bytes is None else host_bytes,
         bandwidth=bandwidth,
         gpu_bandwidth=gpu_bandwidth,
@@ -555,6 +558,7 @@ class _Layout:
 
     sizes: _Sizes
     gpu_bytes: tuple[int, ...]
+    gpu_names: tuple[str, ...]
     host_bytes: int | None
     bandwidth: float | None
     gpu_bandwidth: float | None
@@ -579,7 +583,10 @@ class _Layout:
         """Return host, GPUs, and the bytes that a token reads in each GPU's memory."""
         sizes = self.sizes
         host = Place("host", sizes.input, 0, 0, 0, self.host_bytes, self.bandwidth)
-        gpus = [Place(f"GPU {i}", 0, 0, 0, 0, n, self.gpu_bandwidth) for i, n in enumerate(self.gpu_bytes)]
+        gpus = [
+            Place(name, 0, 0, 0, 0, n, self.gpu_bandwidth)
+            for name, n in zip(self.gpu_names, self.gpu_bytes, strict=True)
+        ]
         token_on_gpus = [0] * len(gpus)
         shares = list(accumulate(self.gpu_bytes))
         first = len(sizes.layers) - n_gpu_layers

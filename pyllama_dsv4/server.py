@@ -17,6 +17,7 @@ from .context import ACT_QUANT_LEVELS
 from .errors import ArgumentError, ServerError
 from .model import check_model
 from .plan import N_CTX_DEFAULT, N_UBATCH_DEFAULT, Plan, plan_model
+from .rpc import device_plan, endpoints, rpc_devices
 
 __all__ = ["HOST_DEFAULT", "PORT_DEFAULT", "run_server"]
 
@@ -42,6 +43,7 @@ def run_server(
     cache_type: str = "f16",
     flash_attn: str = "auto",
     act_quant: str = "cache",
+    rpc: str | Sequence[str] = (),
     log: str = "normal",
     use_color: bool = False,
     args: Sequence[str] = (),
@@ -69,13 +71,18 @@ def run_server(
         ArgumentError: An argument is out of range, or the server does not know an option.
         FormatError, ModelFileError: The file cannot be served.
         MemoryLimitError: The plan does not fit.
+        WorkerError: A worker cannot be reached or is of another build.
         ServerError: The port is taken, or the server failed; its log says why.
     """
     if act_quant not in ACT_QUANT_LEVELS:
         raise ArgumentError("serving", key="act_quant", found=act_quant, expected=", ".join(ACT_QUANT_LEVELS))
     report = check_model(path)
+    devices = rpc_devices(rpc)
+    if devices and n_gpu_layers == "auto":
+        n_gpu_layers = -1
     plan = plan_model(
         report,
+        **device_plan(devices, n_gpu_layers),
         n_ctx=n_ctx,
         n_batch=n_batch,
         n_ubatch=n_ubatch,
@@ -103,11 +110,14 @@ def run_server(
         "--log-colors": "on" if use_color else "off",
         **({} if n_gpu_layers == "auto" else {"-ngl": "all" if n_gpu_layers == -1 else n_gpu_layers}),
         **({} if n_slots is None else {"-np": n_slots}),
+        **({"--rpc": ",".join(endpoints(rpc))} if devices else {}),
         **({} if api_key is None else {"--api-key": api_key}),
     }
     words = [b"pyllama-dsv4", b"-m", encode_path(path)]
     words += [str(word).encode() for pair in options.items() for word in pair]
     words += [os.fsencode(word) for word in args]
+    if devices:
+        lib.pyl_rpc_register()
     c_words = [ffi.new("char[]", word) for word in words]
     drain_log()
     number = check(lib.pyl_server_run(len(words), [*c_words, ffi.NULL]), "serving", ServerError, path=path)

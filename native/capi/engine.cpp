@@ -19,6 +19,11 @@ bool is_cancelled(const pyl_monitor * monitor) {
     return monitor && __atomic_load_n(&monitor->cancel, __ATOMIC_RELAXED) != 0;
 }
 
+// The engine turns exceptions into log lines here and there: what a worker failed with since then, or another reason.
+std::string worker_failure(int64_t n_failures_before, const char * otherwise) {
+    return dsv4_rpc_n_failures() > n_failures_before ? dsv4_rpc_last_failure() : otherwise;
+}
+
 bool on_load_progress(float progress, void * data) {
     auto * monitor = static_cast<pyl_monitor *>(data);
     __atomic_store(&monitor->progress, &progress, __ATOMIC_RELAXED);
@@ -99,9 +104,10 @@ struct llama_model * pyl_model_load(const char * path, struct llama_model_params
             params.progress_callback           = on_load_progress;
             params.progress_callback_user_data = monitor;
         }
+        const int64_t n_failures = dsv4_rpc_n_failures();
         model = llama_model_load_from_file(path, params);
         if (!model) {
-            pyl_set_error(is_cancelled(monitor) ? "cancelled" : "the engine could not load the model");
+            pyl_set_error(is_cancelled(monitor) ? "cancelled" : worker_failure(n_failures, "the engine could not load the model"));
         }
         return PYL_OK;
     });
@@ -116,9 +122,10 @@ struct llama_context * pyl_context_init(
             params.abort_callback      = on_abort_poll;
             params.abort_callback_data = monitor;
         }
+        const int64_t n_failures = dsv4_rpc_n_failures();
         ctx = llama_init_from_model(model, params);
         if (!ctx) {
-            pyl_set_error("the engine could not create a context");
+            pyl_set_error(worker_failure(n_failures, "the engine could not create a context"));
         }
         return PYL_OK;
     });

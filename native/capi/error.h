@@ -3,6 +3,7 @@
 #pragma once
 
 #include "pyllama.h"
+#include "dsv4-link.h"
 
 #include <exception>
 #include <new>
@@ -19,6 +20,9 @@ int32_t pyl_guard(F && fn) {
     } catch (const std::bad_alloc &) {
         pyl_set_error("out of memory");
         return PYL_ERROR_MEMORY;
+    } catch (const dsv4_rpc_error & err) {
+        pyl_set_error(err.what());
+        return PYL_ERROR_WORKER;
     } catch (const std::exception & err) {
         pyl_set_error(err.what());
         return PYL_ERROR;

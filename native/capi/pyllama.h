@@ -20,6 +20,7 @@ enum pyl_status {
     PYL_ERROR_ARGUMENT = -3, // a precondition does not hold; nothing was changed
     PYL_CANCELLED      = -4, // the monitor's cancel flag was seen
     PYL_CONTEXT_FULL   = -5, // no room for the batch; nothing was changed
+    PYL_ERROR_WORKER   = -6, // another machine cannot be used any more
 };
 
 // Shared with the thread that waits: it may set `cancel` and read `progress` at any time.
@@ -180,6 +181,33 @@ int32_t pyl_token_bytes(const struct llama_vocab * vocab, int32_t id, char * buf
 // which goes to stderr from here on. SIGINT or SIGTERM during the load, and the second of them at any time, end the
 // process at once with exit code 128 + signal. Options such as --help end the process as well. Once per process.
 int32_t pyl_server_run(int32_t argc, const char * const * argv);
+
+// --- several machines ---
+
+const char * pyl_rpc_version(void); // of the protocol, as "212.0.0"
+
+// The 24 bytes by which this build's workers and clients know each other.
+void pyl_rpc_identity(uint8_t * out);
+
+// Connect to a worker, or with NULL look at this machine's GPUs, and fill devices[] with what there is and n_bytes[] with
+// its free memory; returns their number (at most n_max) or a pyl_status. Devices are kept until the process ends; they
+// hold no connection.
+int32_t pyl_devices(const char * endpoint, ggml_backend_dev_t * devices, uint64_t * n_bytes, int32_t n_max);
+
+// Let the options of pyl_server_run() name workers.
+void pyl_rpc_register(void);
+
+// Shared with the thread that waits: it may set `cancel` and read the rest at any time.
+struct pyl_worker {
+    int32_t cancel;
+    int32_t port;      // 0 until it listens
+    int32_t n_clients; // that have come
+    int32_t is_busy;   // one is there
+};
+
+// Lend this machine to one client after the other until `cancel` is set. host is an IPv4 address; cache_dir may be NULL.
+int32_t pyl_rpc_serve(const char * host, int32_t port, const char * cache_dir, int32_t n_threads,
+        struct pyl_worker * worker);
 
 // --- machine ---
 

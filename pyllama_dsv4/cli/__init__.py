@@ -28,6 +28,7 @@ _COMMANDS: Final = {
         "chat": ("pyllama_dsv4.cli.chat", "Talk with a model; without a file, with a tiny random one."),
         "run": ("pyllama_dsv4.cli.run", "Complete one prompt and exit."),
         "serve": ("pyllama_dsv4.cli.serve", "Serve a model to OpenAI and Anthropic clients over HTTP."),
+        "rpc-server": ("pyllama_dsv4.cli.rpc_server", "Lend this machine to another that runs a model."),
     },
     "Files": {
         "inspect": ("pyllama_dsv4.cli.inspect", "Show what a model file contains, without loading it."),

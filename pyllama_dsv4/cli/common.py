@@ -56,6 +56,7 @@ _LOAD_NAMES: Final = (
     "cache_type",
     "flash_attn",
     "act_quant",
+    "rpc",
     "seed",
 )
 _SAMPLING_NAMES: Final = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty")
@@ -79,6 +80,10 @@ class LayerCount(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # g
 
 def _unlimited(_ctx: click.Context, _param: click.Parameter, value: int | None) -> int | None:
     return None if value is None or value < 0 else value
+
+
+def _workers(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | tuple[()]:
+    return value or ()
 
 
 def model_argument(function: F) -> F:
@@ -137,6 +142,10 @@ def load_options(function: F) -> F:
         option(
             "--mmap/--no-mmap", "use_mmap", default=True, section=LOAD,
             help="Map the file (the default), or read it into memory.",
+        ),
+        option(
+            "--rpc", "rpc", metavar="HOST:PORT,...", callback=_workers, section=LOAD,
+            help="Workers on other machines that hold the model's layers; see rpc-server.",
         ),
         option("--mlock", "use_mlock", is_flag=True, section=LOAD, help="Keep the model's pages in memory."),
     )  # fmt: skip

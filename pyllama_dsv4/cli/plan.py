@@ -81,6 +81,10 @@ _Rows = list[tuple[str, ...]]
     "--disk", type=click.FloatRange(0, min_open=True), metavar="GB/S", default_text="no limit", section=MACHINE,
     has_env=False, help="What the disk is read at.",
 )  # fmt: skip
+@option(
+    "--rpc", metavar="HOST:PORT,...", section=MACHINE, has_env=False,
+    help="Workers on other machines, asked for their memory; they count as GPUs.",
+)  # fmt: skip
 @option("--json", "as_json", is_flag=True, section="Output", has_env=False, help="Print one JSON object.")
 def plan(
     file: Path,
@@ -91,6 +95,7 @@ def plan(
     bandwidth: float | None,
     gpu_bandwidth: float | None,
     disk: float | None,
+    rpc: str | None,
     as_json: bool,
     **values: Any,
 ) -> int:
@@ -109,6 +114,12 @@ def plan(
         "gpu_bandwidth": None if gpu_bandwidth is None else gpu_bandwidth * GB,
         "disk_bandwidth": None if disk is None else disk * GB,
     }
+    if rpc is not None:
+        if gpus:
+            raise click.UsageError("--rpc asks what there is, --gpu says it: give one of them.")
+        from pyllama_dsv4.rpc import device_plan, rpc_devices  # loads the engine
+
+        options.update(device_plan(rpc_devices(rpc), n_gpu_layers))
     result = plan_model(report, **options).with_bandwidth(None if bandwidth is None else bandwidth * GB)
     if as_json:
         click.echo(json.dumps(result.as_dict(), indent=2))

@@ -22,7 +22,7 @@ __all__ = ["AnswerWriter", "Ui", "clean", "use_color"]
 ANIMATE_AFTER_S: Final = 0.5
 """Work that is done sooner shows no progress."""
 
-_DIM, _RED, _RESET = "\x1b[2m", "\x1b[31m", "\x1b[0m"
+_DIM, _RED, _YELLOW, _RESET = "\x1b[2m", "\x1b[31m", "\x1b[33m", "\x1b[0m"
 
 _VISIBLE: Final[dict[int, int | None]] = {
     **{c: 0x2400 + c for c in range(32) if c not in (9, 10)},  # control pictures
@@ -122,6 +122,10 @@ class Ui:
     def say(self, text: str) -> None:
         """Answer what the user asked for."""
         self._write(text)
+
+    def warn(self, text: str) -> None:
+        """Report what the user should know before it is too late."""
+        self._write(f"Warning: {text}", _YELLOW)
 
     def error(self, text: str) -> None:
         """Report an error."""

@@ -34,6 +34,7 @@ CODES = {
         "PyllamaError",
         "ServerError",
         "ThreadError",
+        "WorkerError",
     },
     2: {"ArgumentError", "UnknownOptionError"},
     3: {
