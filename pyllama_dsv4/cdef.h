@@ -321,8 +321,6 @@ size_t llama_state_get_size(struct llama_context *ctx);
 size_t llama_state_get_data(struct llama_context *ctx, uint8_t *dst, size_t size);
 size_t llama_state_set_data(struct llama_context *ctx, const uint8_t *src, size_t size);
 size_t llama_state_seq_get_size(struct llama_context *ctx, llama_seq_id seq_id);
-size_t llama_state_seq_get_data(struct llama_context *ctx, uint8_t *dst, size_t size, llama_seq_id seq_id);
-size_t llama_state_seq_set_data(struct llama_context *ctx, const uint8_t *src, size_t size, llama_seq_id dest_seq_id);
 void llama_set_n_threads(struct llama_context *ctx, int32_t n_threads, int32_t n_threads_batch);
 float *llama_get_logits_ith(struct llama_context *ctx, int32_t i);
 enum llama_token_attr llama_vocab_get_attr(const struct llama_vocab *vocab, llama_token token);
@@ -390,6 +388,8 @@ enum pyl_outputs
 };
 int32_t pyl_decode(struct llama_context *ctx, const int32_t *tokens, int32_t n_tokens, int32_t pos, int32_t seq_id, enum pyl_outputs outputs);
 int32_t pyl_decode_mixed(struct llama_context *ctx, const int32_t *tokens, const int32_t *pos, const int32_t *seq_id, const int8_t *outputs, int32_t n_tokens);
+int32_t pyl_state_seq_save(struct llama_context *ctx, int32_t seq_id, uint8_t *out, uint64_t size, uint64_t *n);
+int32_t pyl_state_seq_load(struct llama_context *ctx, int32_t seq_id, const uint8_t *data, uint64_t size, uint64_t *n);
 int32_t pyl_logits_copy(struct llama_context *ctx, int32_t i, float *out, int32_t n_vocab);
 struct pyl_sampler *pyl_sampler_init(const struct llama_vocab *vocab, int32_t n_vocab);
 void pyl_sampler_free(struct pyl_sampler *sampler);

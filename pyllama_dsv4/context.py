@@ -370,9 +370,11 @@ class Context:
         """Return a sequence's cache as bytes, for ``restore_state`` on a context of the same model and options."""
         n = int(lib.llama_state_seq_get_size(self.pointer, seq))
         buffer = bytearray(n)
-        written = lib.llama_state_seq_get_data(self.pointer, ffi.from_buffer("uint8_t[]", buffer), n, seq)
-        if n == 0 or written != n:
-            raise StateError("saving the state failed", found=f"{written} bytes", expected=f"{n} bytes")
+        written = ffi.new("uint64_t *")
+        c_buffer = ffi.from_buffer("uint8_t[]", buffer)
+        check(lib.pyl_state_seq_save(self.pointer, seq, c_buffer, n, written), "saving the state")
+        if n == 0 or written[0] != n:
+            raise StateError("saving the state failed", found=f"{written[0]} bytes", expected=f"{n} bytes")
         return bytes(buffer)
 
     def restore_state(
@@ -390,14 +392,14 @@ class Context:
         """
         self.drop(seq)
         log_tail(clear=True)
-        read = lib.llama_state_seq_set_data(
-            self.pointer, ffi.from_buffer("uint8_t[]", state), len(state), seq
-        )
-        if read != len(state):
+        read = ffi.new("uint64_t *")
+        c_state = ffi.from_buffer("uint8_t[]", state)
+        check(lib.pyl_state_seq_load(self.pointer, seq, c_state, len(state), read), "restoring the state")
+        if read[0] != len(state):
             self.clear()
             raise StateError(
                 "restoring the state failed",
-                found=f"{read} bytes",
+                found=f"{read[0]} bytes",
                 expected=f"{len(state)} bytes",
                 native_log=log_tail(clear=True),
             )

@@ -24,6 +24,14 @@ std::string worker_failure(int64_t n_failures_before, const char * otherwise) {
     return dsv4_rpc_n_failures() > n_failures_before ? dsv4_rpc_last_failure() : otherwise;
 }
 
+int32_t check_workers(int64_t n_failures_before) {
+    if (dsv4_rpc_n_failures() == n_failures_before) {
+        return PYL_OK;
+    }
+    pyl_set_error(dsv4_rpc_last_failure());
+    return PYL_ERROR_WORKER;
+}
+
 bool on_load_progress(float progress, void * data) {
     auto * monitor = static_cast<pyl_monitor *>(data);
     __atomic_store(&monitor->progress, &progress, __ATOMIC_RELAXED);
@@ -165,6 +173,22 @@ int32_t pyl_decode_mixed(struct llama_context * ctx, const int32_t * tokens, con
         std::copy(seq_id, seq_id + n_tokens, batch.ids.begin());
         std::copy(outputs, outputs + n_tokens, batch.outputs.begin());
         return decode(ctx, batch);
+    });
+}
+
+int32_t pyl_state_seq_save(struct llama_context * ctx, int32_t seq_id, uint8_t * out, uint64_t size, uint64_t * n) {
+    return pyl_guard([&]() -> int32_t {
+        const int64_t n_failures = dsv4_rpc_n_failures();
+        *n = llama_state_seq_get_data(ctx, out, size, seq_id);
+        return check_workers(n_failures);
+    });
+}
+
+int32_t pyl_state_seq_load(struct llama_context * ctx, int32_t seq_id, const uint8_t * data, uint64_t size, uint64_t * n) {
+    return pyl_guard([&]() -> int32_t {
+        const int64_t n_failures = dsv4_rpc_n_failures();
+        *n = llama_state_seq_set_data(ctx, data, size, seq_id);
+        return check_workers(n_failures);
     });
 }
 

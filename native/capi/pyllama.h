@@ -78,6 +78,11 @@ int32_t pyl_decode(struct llama_context * ctx, const int32_t * tokens, int32_t n
 int32_t pyl_decode_mixed(struct llama_context * ctx, const int32_t * tokens, const int32_t * pos, const int32_t * seq_id,
         const int8_t * outputs, int32_t n_tokens);
 
+// Copy a sequence's cache to out[size], or put it back from there. *n: the bytes that were; another number than size when
+// the engine refuses.
+int32_t pyl_state_seq_save(struct llama_context * ctx, int32_t seq_id, uint8_t * out, uint64_t size, uint64_t * n);
+int32_t pyl_state_seq_load(struct llama_context * ctx, int32_t seq_id, const uint8_t * data, uint64_t size, uint64_t * n);
+
 // Copy the logits of token i of the last decoded batch (-1: the last output) to out[n_vocab].
 int32_t pyl_logits_copy(struct llama_context * ctx, int32_t i, float * out, int32_t n_vocab);
 

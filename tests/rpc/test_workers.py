@@ -116,6 +116,8 @@ def test_a_worker_that_ends_is_an_error(model: Path, start: Start, number: int) 
             llm.eval([1])
         with named_error(worker.endpoint):  # and stays one
             llm.eval([1])
+        with named_error(worker.endpoint):
+            llm.save_state()
         llm.reset()
         with pytest.raises(WorkerError):
             "".join(llm.generate(PROMPT, max_tokens=1))
