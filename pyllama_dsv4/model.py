@@ -46,6 +46,7 @@ class Model:
         use_mlock: Keep the pages in memory.
         use_extra_bufts: Let the CPU backend repack weights into new memory. Never for DeepSeek-V4: the repacked
             copy would be as large as the file.
+        vocab_only: Load metadata and vocabulary only: for tokens and templates.
         devices: ``ggml_backend_dev_t`` that layers may be placed on; empty lets the engine choose.
         on_progress: Called with the fraction 0..1 about every 50 ms; returning False cancels the load.
 
@@ -64,6 +65,7 @@ class Model:
         use_mmap: bool = True,
         use_mlock: bool = False,
         use_extra_bufts: bool = False,
+        vocab_only: bool = False,
         devices: Sequence[Any] = (),
         on_progress: Callable[[float], bool] | None = None,
     ) -> None:
@@ -72,6 +74,7 @@ class Model:
         params.n_gpu_layers = n_gpu_layers
         params.load_mode = _load_mode(use_mmap, use_mlock)
         params.use_extra_bufts = use_extra_bufts
+        params.vocab_only = vocab_only
         c_devices = ffi.new("ggml_backend_dev_t[]", [*devices, ffi.NULL])
         if devices:
             params.devices = c_devices

@@ -100,6 +100,10 @@ class Tokenizer:
             known = self._is_special[token] = bool(lib.llama_vocab_is_control(self._model.vocab, token))
         return known
 
+    def is_added(self, token: int) -> bool:
+        """Tell whether the token was added to the vocabulary as a whole, such as ``</think>``."""
+        return bool(lib.llama_vocab_get_attr(self._model.vocab, token) & lib.LLAMA_TOKEN_ATTR_USER_DEFINED)
+
     def is_eog(self, token: int) -> bool:
         """Tell whether this token ends a generation."""
         return bool(lib.llama_vocab_is_eog(self._model.vocab, token))

@@ -30,6 +30,10 @@ _COMMANDS: Final = {
         "serve": ("pyllama_dsv4.cli.serve", "Serve a model to OpenAI and Anthropic clients over HTTP."),
         "rpc-server": ("pyllama_dsv4.cli.rpc_server", "Lend this machine to another that runs a model."),
     },
+    "Text": {
+        "tokenize": ("pyllama_dsv4.cli.tokenize", "Show the tokens of a text, or the text of tokens."),
+        "explain": ("pyllama_dsv4.cli.explain", "Show the prompt of a conversation, token by token."),
+    },
     "Files": {
         "inspect": ("pyllama_dsv4.cli.inspect", "Show what a model file contains, without loading it."),
         "plan": (
@@ -43,6 +47,7 @@ _COMMANDS: Final = {
         "quantize": ("pyllama_dsv4.cli.quantize", "Write a model in another type."),
     },
     "Proof": {
+        "doctor": ("pyllama_dsv4.cli.doctor", "Check this machine and installation, and say what to do."),
         "selftest": ("pyllama_dsv4.cli.selftest", "Check that this build computes what it should."),
         "bench": ("pyllama_dsv4.cli.bench", "Measure prefill and decode, beside what memory allows."),
         "score": (

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from pyllama_dsv4.errors import ArgumentError, ContextFullError, PyllamaError
+from pyllama_dsv4.errors import ArgumentError, ContextFullError, PyllamaError, StateError
 
 from .chat_input import PipeInput, Source, TerminalInput, history_path
 from .common import (
@@ -30,6 +30,7 @@ from .common import (
     sampling_options,
     stats_line,
 )
+from .conversation import load_conversation, save_conversation
 from .exit_codes import ExitCode
 from .help import Command, option
 from .terminal import AnswerWriter, Ui
@@ -58,6 +59,13 @@ _HELP: Final = {
     "/system": "TEXT: instructions for the whole conversation; without TEXT there are none.",
     "/temp": "X: the temperature; 0 takes the most likely token.",
     "/seed": "N: of the random numbers; without N a new one each time.",
+    "/retry": "Answer the last message again.",
+    "/undo": "Take the last message and its answer back.",
+    "/edit": "TEXT: replaces the last message; without TEXT it comes back to be edited.",
+    "/save": "FILE: keep the conversation, and what was computed of it in FILE.state.",
+    "/load": "FILE: go on with a conversation that was kept.",
+    "/tokens": "Show how many tokens the conversation takes; with TEXT, the tokens of TEXT.",
+    "/ctx": "Show how full the context is.",
     "/reset": "Forget the conversation.",
     "/stats": "Show counts, speed, memory and settings.",
     "/quit": "Leave.",
@@ -375,7 +383,7 @@ class _Chat:
             return
         try:
             getattr(self, f"_do_{name[1:]}")(argument.strip())
-        except ArgumentError as error:
+        except (PyllamaError, OSError) as error:
             self._fail(str(error))
 
     def _do_help(self, _: str) -> None:
@@ -422,6 +430,81 @@ class _Chat:
         SamplingParams(**{name: value})  # checks the range
         self.settings.sampling[name] = value
 
+    def _take_back(self) -> str:
+        """Take back the last message and its answer; return the message."""
+        i = len(self._messages) - 1
+        while i >= 0 and self._messages[i]["role"] != "user":
+            i -= 1
+        if i < 0:
+            raise ArgumentError("there is no message yet")
+        text = str(self._messages[i]["content"])
+        self._messages = self._messages[:i]
+        return text
+
+    def _answer_instead(self, text: str) -> None:
+        before = self._messages
+        last = self._take_back()
+        if self._answer(text or last).finish in ("", "interrupted") and len(self._messages) < len(before):
+            self._messages = before  # no answer came of it: the old one stays
+
+    def _do_retry(self, _: str) -> None:
+        self._answer_instead("")
+
+    def _do_undo(self, _: str) -> None:
+        text = self._take_back()
+        self.ui.note(f"taken back: {text.splitlines()[0] if text else ''}")
+
+    def _do_edit(self, argument: str) -> None:
+        if argument:
+            self._answer_instead(argument)
+        else:
+            self.source.prefill(self._take_back())
+
+    def _do_save(self, argument: str) -> None:
+        path = _conversation_path("/save", argument)
+        save_conversation(
+            path,
+            self._messages,
+            system=self.settings.system,
+            thinking=self.settings.is_thinking,
+            effort=self.settings.effort,
+        )
+        self.llm.save_state_file(f"{path}.state")
+        self.ui.note(f"kept in {path} and {path}.state")
+
+    def _do_load(self, argument: str) -> None:
+        path = _conversation_path("/load", argument)
+        kept = load_conversation(path)
+        self._messages = kept.messages
+        self.settings.system, self.settings.is_thinking = kept.system, kept.thinking
+        self.settings.effort = kept.effort
+        n = sum(message["role"] == "user" for message in kept.messages)
+        try:
+            self.llm.load_state_file(f"{path}.state")
+        except (StateError, ContextFullError, OSError) as error:
+            self.ui.note(f"{n} messages; the next one evaluates them again ({error})")
+        else:
+            self.ui.note(f"{n} messages; {self.llm.n_tokens:,} tokens need not be evaluated again")
+
+    def _do_tokens(self, argument: str) -> None:
+        if argument:
+            ids = self.llm.tokenize(argument)
+            pieces = " ".join(repr(self.llm.token_to_bytes(i).decode("utf-8", "replace")) for i in ids)
+            self.ui.say(f"{len(ids)} tokens: {pieces}")
+            return
+        system = [] if self.settings.system is None else [{"role": "system", "content": self.settings.system}]
+        if not (system or self._messages):
+            self.ui.say("0 tokens")
+            return
+        ids = self.llm.format_chat_tokens([*system, *self._messages], add_generation_prompt=False)
+        self.ui.say(f"{len(ids):,} tokens in {len(self._messages)} messages")
+
+    def _do_ctx(self, _: str) -> None:
+        n, n_ctx = self.llm.n_tokens, self.llm.n_ctx
+        self.ui.say(
+            f"{n:,} of {n_ctx:,} tokens evaluated ({n / n_ctx:.0%}); the model was made for {self.llm.n_ctx_train:,}"
+        )
+
     def _do_reset(self, _: str) -> None:
         self._messages = []
         self.llm.reset()
@@ -467,6 +550,12 @@ class _Chat:
         if warmup is None:
             return "no"
         return self.warmup_text() or f"{warmup.n_bytes / 1e9:.2f} GB of the file"
+
+
+def _conversation_path(command: str, argument: str) -> Path:
+    if not argument:
+        raise ArgumentError(command, found="no file", expected=f"{command} FILE")
+    return Path(argument).expanduser()
 
 
 class _Shown:

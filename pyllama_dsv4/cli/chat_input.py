@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from prompt_toolkit.history import History
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
+from pyllama_dsv4.errors import ArgumentError
+
 __all__ = ["PipeInput", "Source", "TerminalInput", "history_path"]
 
 PROMPT: Final = "> "
@@ -35,6 +37,13 @@ class Source(Protocol):
         Raises:
             EOFError: There is none.
             KeyboardInterrupt: The user wants to leave.
+        """
+
+    def prefill(self, text: str) -> None:
+        """Offer a text to be edited as the next message.
+
+        Raises:
+            ArgumentError: Nothing can be edited here.
         """
 
 
@@ -64,6 +73,9 @@ class PipeInput:
             except EOFError:
                 break
         return _message(text.removesuffix("\n"))
+
+    def prefill(self, text: str) -> None:
+        raise ArgumentError("/edit", found="no terminal", expected="/edit TEXT")
 
     def _line(self) -> str:
         line = sys.stdin.buffer.readline()
@@ -96,12 +108,18 @@ class TerminalInput:
         self._aside = aside
         self._session = _session(commands, aside, is_color, _history(history))
         self._is_leaving = False
+        self._default = ""
+
+    def prefill(self, text: str) -> None:
+        self._default = text
 
     def read(self) -> str:
         while True:
             try:
                 # ask for refreshes only as long as something changes by itself
-                text = self._session.prompt(refresh_interval=REFRESH_S if self._aside() else 0)
+                default, self._default = self._default, ""
+                refresh_s = REFRESH_S if self._aside() else 0
+                text = self._session.prompt(refresh_interval=refresh_s, default=default)
             except KeyboardInterrupt:
                 if self._session.default_buffer.text:
                     continue  # it took the line back

@@ -29,6 +29,7 @@ __all__ = [
     "model_argument",
     "open_model",
     "output_options",
+    "read_prompt",
     "sampling_options",
     "stats_line",
 ]
@@ -357,6 +358,25 @@ def open_model(options: Options, path: Path, **more: Any) -> Iterator[tuple[Llam
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}:{rest:02d}"
+
+
+def read_prompt(ctx: click.Context, prompt: str | None, file: Path | None) -> str:
+    """Return the text of ``-p``, ``-f`` or a pipe; one line end at its end is the file's or the pipe's, not the prompt's."""
+    if prompt is not None and file is not None:
+        raise click.UsageError("two prompts: give -p or -f, not both.", ctx=ctx)
+    if file is not None:
+        data = file.read_bytes()
+    elif prompt is not None and prompt != "-":
+        # arguments that are not UTF-8 arrive with surrogates
+        return prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    elif prompt is None and sys.stdin.isatty():
+        raise click.UsageError("no prompt: give -p TEXT, -f FILE, or a prompt in a pipe.", ctx=ctx)
+    else:
+        data = sys.stdin.buffer.read()
+    text = data.decode("utf-8", "replace").removesuffix("\n")
+    if not text and prompt is None and file is None:
+        raise click.UsageError("no prompt: standard input is empty. Give -p TEXT or -f FILE.", ctx=ctx)
+    return text
 
 
 def stats_line(stats: Stats, n_tokens: int, n_ctx: int) -> str:

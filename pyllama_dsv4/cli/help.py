@@ -12,13 +12,16 @@ from typing import Any, Final, NoReturn, TypeVar
 
 import click
 
+from .config import config_path, defaults
+
 __all__ = ["Command", "LazyGroup", "Option", "option"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 ENV_PREFIX: Final = "PYLLAMA_DSV4_"
 ENV_NOTE: Final = (
-    f"Options can be set in the environment too: --top-k as {ENV_PREFIX}TOP_K. The command line wins."
+    f"Options can be set in the environment too, --top-k as {ENV_PREFIX}TOP_K, or in "
+    "~/.config/pyllama-dsv4/config.toml. The command line wins, then the environment."
 )
 MAX_WIDTH: Final = 80
 
@@ -214,7 +217,13 @@ class LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args[0] not in self._modules and not ctx.resilient_parsing:
             _refuse("command", args[0], self._modules, ctx)
-        return super().resolve_command(ctx, args)
+        name, command, rest = super().resolve_command(ctx, args)
+        if name is not None and command is not None and not ctx.resilient_parsing:
+            path = config_path()
+            if path is not None and not {"-h", "--help"} & set(rest):
+                values = defaults(path, name, command, list(self._modules), ctx)
+                ctx.default_map = {**(ctx.default_map or {}), name: values}
+        return name, command, rest
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         self._write_commands(formatter)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
@@ -15,6 +14,7 @@ from .common import (
     model_argument,
     open_model,
     output_options,
+    read_prompt,
     sampling_options,
     stats_line,
 )
@@ -55,7 +55,7 @@ def run(ctx: click.Context, /, prompt: str | None, prompt_file: Path | None, **v
     options = Options.take(ctx, values)
     if options.path is None:
         raise click.UsageError("no model: give a GGUF file.", ctx=ctx)
-    text = _prompt(ctx, prompt, prompt_file)
+    text = read_prompt(ctx, prompt, prompt_file)
     writer = AnswerWriter(options.color)
     with open_model(options, options.path) as (llm, _):
         try:
@@ -67,22 +67,3 @@ def run(ctx: click.Context, /, prompt: str | None, prompt_file: Path | None, **v
         finally:
             writer.end_line()
         options.ui.note(stats_line(llm.stats, llm.n_tokens, llm.n_ctx))
-
-
-def _prompt(ctx: click.Context, prompt: str | None, file: Path | None) -> str:
-    """Return the prompt; one line end at its end is the file's or the pipe's, not the prompt's."""
-    if prompt is not None and file is not None:
-        raise click.UsageError("two prompts: give -p or -f, not both.", ctx=ctx)
-    if file is not None:
-        data = file.read_bytes()
-    elif prompt is not None and prompt != "-":
-        # arguments that are not UTF-8 arrive with surrogates
-        return prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    elif prompt is None and sys.stdin.isatty():
-        raise click.UsageError("no prompt: give -p TEXT, -f FILE, or a prompt in a pipe.", ctx=ctx)
-    else:
-        data = sys.stdin.buffer.read()
-    text = data.decode("utf-8", "replace").removesuffix("\n")
-    if not text and prompt is None and file is None:
-        raise click.UsageError("no prompt: standard input is empty. Give -p TEXT or -f FILE.", ctx=ctx)
-    return text

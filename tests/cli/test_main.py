@@ -19,7 +19,10 @@ from pyllama_dsv4 import cli, errors
 from pyllama_dsv4.cli.exit_codes import ExitCode, exit_code
 from pyllama_dsv4.cli.terminal import AnswerWriter, clean, use_color
 
-COMMANDS = ("chat", "run", "inspect", "convert", "verify", "translate")
+COMMANDS = (
+    *("chat", "run", "serve", "rpc-server", "tokenize", "explain", "inspect", "plan", "convert", "restore"),
+    *("verify", "translate", "quantize", "doctor", "selftest", "bench", "score"),
+)
 Run = Callable[..., subprocess.CompletedProcess[bytes]]
 
 # what each class of error means to a script that called the command
