@@ -293,6 +293,7 @@ def plan_model(
     cache_type: str = "f16",
     act_quant: Literal["none", "cache", "full"] = "cache",
     is_mapped: bool = True,
+    n_seq: int = 1,
     gpu_bytes: Sequence[int] = (),
     gpu_names: Sequence[str] = (),
     n_gpu_layers: int | None = None,
@@ -312,6 +313,7 @@ def plan_model(
         cache_type: Key of ``CACHE_BYTES``.
         act_quant: What is rounded as in DeepSeek's own code: nothing, rows that are cached, or inputs of products too.
         is_mapped: The file is mapped and not locked in memory.
+        n_seq: Sequences that are kept at the same time, each with `n_ctx` tokens.
         gpu_bytes: Memory of each GPU.
         gpu_names: What they are called: workers on other machines count as GPUs. Empty numbers them.
         n_gpu_layers: Layers on GPUs, from the last to the first, the output layer counting as one; negative means
@@ -330,7 +332,7 @@ def plan_model(
         raise _bad_argument("cache_type", repr(cache_type), ", ".join(CACHE_BYTES))
     if act_quant not in ("none", "cache", "full"):
         raise _bad_argument("act_quant", repr(act_quant), "none, cache, full")
-    for name, value in (("n_ctx", n_ctx), ("n_batch", n_batch), ("n_ubatch", n_ubatch)):
+    for name, value in (("n_ctx", n_ctx), ("n_batch", n_batch), ("n_ubatch", n_ubatch), ("n_seq", n_seq)):
         if value is not None and not 1 <= value < 2**31:
             raise _bad_argument(name, value, "a number from 1 to 2^31-1")
     for name, rate in (
@@ -341,7 +343,7 @@ def plan_model(
         if rate is not None and not rate > 0:
             raise _bad_argument(name, rate, "more than 0 bytes per second")
     batch = min(n_ubatch, n_batch or n_ubatch, n_ctx)
-    sizes = _Sizes.of(report, n_ctx, batch, cache_type, act_quant)
+    sizes = _Sizes.of(report, n_ctx, batch, cache_type, act_quant, n_seq)
     layout = _Layout(
         sizes,
         gpu_bytes=tuple(gpu_bytes),
@@ -407,7 +409,9 @@ class _Sizes:
     token_input: int
 
     @classmethod
-    def of(cls, report: HeaderReport, n_ctx: int, batch: int, cache_type: str, act_quant: str) -> _Sizes:
+    def of(
+        cls, report: HeaderReport, n_ctx: int, batch: int, cache_type: str, act_quant: str, n_seq: int
+    ) -> _Sizes:
         header, hp = report.header, report.hparams
         n_cells = padded(n_ctx, _CELLS)
         if hp is not None:
@@ -420,6 +424,7 @@ class _Sizes:
             caches = [other.cache(il, n_cells, CACHE_BYTES[cache_type]) for il in range(other.n_layer)]
             compute = other.compute(batch, n_cells)
             n_used, n_expert = other.n_expert_used, other.n_expert
+        caches = [(n_seq * n_bytes, n_read) for n_bytes, n_read in caches]
         return cls._sum(header, caches, compute, n_used, n_expert)
 
     @classmethod

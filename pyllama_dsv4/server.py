@@ -23,6 +23,8 @@ __all__ = ["HOST_DEFAULT", "PORT_DEFAULT", "run_server"]
 
 HOST_DEFAULT = "127.0.0.1"
 PORT_DEFAULT = 8080
+N_SLOTS_AUTO = 4
+"""Slots that upstream makes when none are asked for. Each can then hold the whole context; else they divide it."""
 _LEVELS = {"quiet": "1", "normal": "3", "verbose": "4"}  # errors; what happens; what happens to each request
 
 
@@ -83,7 +85,8 @@ def run_server(
     plan = plan_model(
         report,
         **device_plan(devices, n_gpu_layers),
-        n_ctx=n_ctx,
+        n_ctx=n_ctx if n_slots is None else max(n_ctx // n_slots, 1),
+        n_seq=N_SLOTS_AUTO if n_slots is None else n_slots,
         n_batch=n_batch,
         n_ubatch=n_ubatch,
         cache_type=cache_type,

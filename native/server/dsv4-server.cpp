@@ -43,3 +43,41 @@ std::vector<llama_token> dsv4_server_prompt_tokens(const llama_vocab * vocab, co
     // made anew for each request: a server that sleeps loads its model, and with it the vocabulary, again
     return pyl_prompt_tokens(vocab, dsv4_prompt_tokenizer(vocab), parts);
 }
+
+// Source: Anthropic's API reference, "Errors".
+static const char * anthropic_type(int status) {
+    switch (status) {
+        case 401: return "authentication_error";
+        case 403: return "permission_error";
+        case 404: return "not_found_error";
+        case 413: return "request_too_large";
+        case 429: return "rate_limit_error";
+        case 503: return "overloaded_error";
+        default:  return status < 500 ? "invalid_request_error" : "api_error";
+    }
+}
+
+common_json dsv4_server_anthropic_error(const common_json & error) {
+    const int status = error.contains("code") ? error.at("code").get<int>() : 500;
+    const std::string message = error.contains("message") ? error.at("message").get<std::string>() : "unknown error";
+    return common_json {
+        {"type",  "error"},
+        {"error", common_json {{"type", anthropic_type(status)}, {"message", message}}},
+    };
+}
+
+void dsv4_server_error_body(const std::string & path, int status, std::string & body) {
+    if (path.compare(0, 12, "/v1/messages") != 0) {
+        return;
+    }
+    common_json error = common_json {{"code", status}, {"message", "the request failed"}};
+    try {
+        const common_json given = common_json::parse(body);
+        if (given.contains("type")) {
+            return; // it is already
+        }
+        error = common_json {{"code", status}, {"message", given.at("error").at("message").get<std::string>()}};
+    } catch (const std::exception &) {
+    }
+    body = dsv4_server_anthropic_error(error).dump();
+}

@@ -25,5 +25,14 @@ common_json dsv4_server_prompt_parts(const common_chat_params & params);
 // Token ids of a chat's prompt. data is what the request became, with "prompt_parts".
 std::vector<llama_token> dsv4_server_prompt_tokens(const llama_vocab * vocab, const common_json & data);
 
+// An error as Anthropic's API has it: {"type": "error", "error": {"type", "message"}}, from one with "code" and "message".
+common_json dsv4_server_anthropic_error(const common_json & error);
+
+// Before an error is sent: for clients of Anthropic's API in their format.
+void dsv4_server_error_body(const std::string & path, int status, std::string & body);
+
 // From now on llama_server_terminate() ends the server.
 void dsv4_server_loaded(void);
+
+// During the load: whether a signal has asked for the end.
+bool dsv4_server_is_ending(void);

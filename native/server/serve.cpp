@@ -14,6 +14,7 @@
 #include <csignal>
 #include <cstring>
 #include <filesystem>
+#include <poll.h>
 #include <stdexcept>
 #include <thread>
 #include <unistd.h>
@@ -30,7 +31,10 @@ struct bad_option : std::runtime_error {
 
 // --- signals ---
 
+constexpr int LOAD_END_MS = 3000; // what the end of a load may take; there are stages that cannot be cancelled
+
 std::atomic<bool> g_is_loaded { false };
+std::atomic<bool> g_is_ending { false };
 int               g_wake[2]; // a handler may write to a pipe, and to little else
 
 void on_signal(int number) {
@@ -38,15 +42,15 @@ void on_signal(int number) {
     (void) !write(g_wake[1], &byte, 1);
 }
 
-// Ends the server on SIGINT and SIGTERM: in order once it has loaded, at once before that (a load cannot be cancelled in
-// all its stages, and has nothing to lose) and when asked twice. Signals that the process ignores stay ignored.
+// Ends the server on SIGINT and SIGTERM: in order, but at once when asked twice, or when a load does not come to its end.
+// Signals that the process ignores stay ignored.
 class signal_watch {
   public:
     signal_watch() {
         if (pipe(g_wake) != 0) {
             throw std::runtime_error(std::string("no pipe for signals: ") + strerror(errno));
         }
-        g_is_loaded = false;
+        g_is_loaded = g_is_ending = false;
         thread = std::thread([this] { watch(); });
         for (size_t i = 0; i < 2; i++) {
             struct sigaction action = {};
@@ -75,6 +79,7 @@ class signal_watch {
 
   private:
     static constexpr int numbers[2] = { SIGINT, SIGTERM };
+    static constexpr int STEP_MS    = 50;
 
     struct sigaction before[2];
     std::atomic<int> first { 0 };
@@ -85,13 +90,32 @@ class signal_watch {
         sigfillset(&all);
         pthread_sigmask(SIG_BLOCK, &all, nullptr);
 
-        unsigned char byte = 0;
-        while (read(g_wake[0], &byte, 1) == 1 && byte != 0) {
-            if (first != 0 || !g_is_loaded) {
-                _exit(128 + byte);
+        const auto n_steps = [](int ms) { return ms / STEP_MS; };
+        bool was_loaded = false;
+        int  n_waited   = 0;
+        while (true) {
+            struct pollfd entry = { g_wake[0], POLLIN, 0 };
+            if (poll(&entry, 1, first != 0 ? STEP_MS : -1) > 0) {
+                unsigned char byte = 0;
+                if (read(g_wake[0], &byte, 1) != 1 || byte == 0) {
+                    return;
+                }
+                if (first != 0) {
+                    _exit(128 + byte);
+                }
+                first       = byte;
+                g_is_ending = true;
+                was_loaded  = g_is_loaded;
+                if (was_loaded) {
+                    llama_server_terminate();
+                }
+            } else if (!was_loaded) {
+                if (g_is_loaded) {
+                    llama_server_terminate(); // again and again: its loop may not have begun
+                } else if (++n_waited > n_steps(LOAD_END_MS)) {
+                    _exit(128 + first);
+                }
             }
-            first = byte;
-            llama_server_terminate();
         }
     }
 };
@@ -146,6 +170,10 @@ void read_options(int argc, char ** argv, common_params & params) {
 
 void dsv4_server_loaded(void) {
     g_is_loaded = true;
+}
+
+bool dsv4_server_is_ending(void) {
+    return g_is_ending;
 }
 
 int32_t pyl_server_run(int32_t argc, const char * const * argv) {

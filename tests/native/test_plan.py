@@ -34,13 +34,21 @@ class Reservation:
         assert self._model != ffi.NULL, drain_log()
 
     def memory(
-        self, *, n_ctx: int, n_ubatch: int = 512, cache_type: str = "f16", act_quant: str = "none"
+        self,
+        *,
+        n_ctx: int,
+        n_ubatch: int = 512,
+        cache_type: str = "f16",
+        act_quant: str = "none",
+        n_seq: int = 1,
+        is_unified: bool = False,
     ) -> tuple[int, int, int]:
         """Return bytes of weights, caches and compute buffer."""
         params = lib.llama_context_default_params()
         params.n_ctx = n_ctx
         params.n_batch = params.n_ubatch = min(n_ubatch, n_ctx)
-        params.n_seq_max = 1
+        params.n_seq_max = n_seq
+        params.kv_unified = is_unified
         params.type_k = params.type_v = CACHE_TYPES[cache_type]
         params.swa_full = False
         if LEVELS[act_quant] is not None:
@@ -104,6 +112,17 @@ def test_rounded_activations(reservations: dict[str, Reservation], model: str, a
         _, _, compute = reserved.memory(n_ctx=n_ctx, act_quant=act_quant)
         planned = plan_file(reserved.path, n_ctx=n_ctx, act_quant=act_quant).host.compute
         assert planned == pytest.approx(compute, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(("n_seq", "is_unified"), [(2, False), (4, False), (4, True)])
+def test_sequences_of_the_server_are_counted(tiny_model: Path, n_seq: int, is_unified: bool) -> None:
+    """Asked for, slots divide the context; otherwise each of four can hold all of it."""
+    reserved = Reservation(tiny_model)
+    _, cache, compute = reserved.memory(n_ctx=4096, n_seq=n_seq, is_unified=is_unified)
+    reserved.close()
+    plan = plan_file(tiny_model, n_ctx=4096 if is_unified else 4096 // n_seq, n_seq=n_seq, act_quant="none")
+    assert plan.host.cache == cache
+    assert plan.host.compute == pytest.approx(compute, rel=TOLERANCE)
 
 
 def test_an_open_model_takes_what_was_planned(tiny_model: Path) -> None:

@@ -51,6 +51,9 @@ def test_malformed_requests_are_the_clients_fault(server: Server, path: str, bod
     status, answer = server.post(path, body)
     assert status == 400, answer
     assert answer["error"]["message"]
+    if path == "/v1/messages":
+        assert answer["type"] == "error"
+        assert answer["error"]["type"] == "invalid_request_error"
     assert server.get("/health") == (200, {"status": "ok"})
 
 
@@ -58,6 +61,36 @@ def test_a_prompt_that_does_not_fit_is_refused(server: Server) -> None:
     body = {"messages": [{"role": "user", "content": "word " * 5000}]}
     status, answer = server.post(CHAT, body)
     assert (status, answer["error"]["type"]) == (400, "exceed_context_size_error")
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status", "kind"),
+    [
+        ("/v1/messages", {"x-api-key": "wrong"}, 401, "authentication_error"),
+        ("/v1/messages/count_tokens", {}, 401, "authentication_error"),
+        ("/v1/messages/nowhere", {"x-api-key": "right"}, 404, "not_found_error"),
+    ],
+)
+def test_anthropics_clients_get_their_errors(
+    start: Start, model: Any, path: str, headers: dict[str, str], status: int, kind: str
+) -> None:
+    server = start(model, "--api-key", "right").wait()
+    found, answer = server.post(path, HELLO, **headers)
+    assert found == status
+    assert answer["type"] == "error"
+    assert answer["error"]["type"] == kind
+    assert set(answer["error"]) == {"type", "message"}
+    assert "code" in server.post(CHAT, HELLO)[1]["error"]  # others get theirs
+
+
+def test_anthropics_client_raises_its_own_errors(server: Server) -> None:
+    anthropic = pytest.importorskip("anthropic")
+    client = anthropic.Anthropic(base_url=server.url, api_key="any", max_retries=0)
+    with pytest.raises(anthropic.BadRequestError) as info:
+        client.messages.create(
+            model="any", max_tokens=4, messages=[{"role": "user", "content": "word " * 5000}]
+        )
+    assert info.value.body["error"]["type"] == "invalid_request_error"
 
 
 def test_an_unknown_place_is_not_found(server: Server) -> None:
