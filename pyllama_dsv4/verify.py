@@ -2,7 +2,7 @@
 
 It owns the one pass over the data: every byte is read once, by several threads, a piece per thread at a time,
 whatever is asked for. What a piece must look like is ``value_checks``', the pairing with a checkpoint
-``checkpoint_compare``'s, sums ``manifest``'s. Never loads the engine.
+``checkpoint_compare``'s, sums ``manifest``'s. Never loads the engine::
 
     from pyllama_dsv4.verify import verify
 

@@ -361,7 +361,10 @@ def _duration(seconds: float) -> str:
 
 
 def read_prompt(ctx: click.Context, prompt: str | None, file: Path | None) -> str:
-    """Return the text of ``-p``, ``-f`` or a pipe; one line end at its end is the file's or the pipe's, not the prompt's."""
+    """Return the text of ``-p``, ``-f`` or a pipe.
+
+    One line end at its end is the file's or the pipe's, not the prompt's.
+    """
     if prompt is not None and file is not None:
         raise click.UsageError("two prompts: give -p or -f, not both.", ctx=ctx)
     if file is not None:

@@ -115,7 +115,7 @@ def _converted(
         if not isinstance(value, bool):
             raise lines.error(table, key, f"{key} is true or false, not {value!r}.")
         return value != (f"--{key}" in option.secondary_opts)
-    if isinstance(value, bool) or isinstance(value, Mapping):
+    if isinstance(value, (bool, Mapping)):
         raise lines.error(table, key, f"{key} takes a value, not {value!r}.")
     values = value if isinstance(value, list) else [value]
     if isinstance(value, list) and not option.multiple:

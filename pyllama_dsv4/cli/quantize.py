@@ -21,8 +21,8 @@ OUTPUT: Final = "Output"
     cls=Command,
     examples=(
         "pyllama-dsv4 quantize flash.gguf flash-q4.gguf Q4_K_M",
-        "pyllama-dsv4 quantize flash-f16.gguf flash-native.gguf F8_E4M3_MXFP4 --dialect native",
-        "pyllama-dsv4 quantize flash.gguf small.gguf IQ2_XXS --imatrix imatrix.gguf --dry-run",
+        "pyllama-dsv4 quantize f16.gguf fp8.gguf F8_E4M3_MXFP4 --dialect native",
+        "pyllama-dsv4 quantize in.gguf out.gguf IQ2_XXS --imatrix x.gguf --dry-run",
     ),
 )
 @click.argument("infile", metavar="IN", type=click.Path(path_type=Path))

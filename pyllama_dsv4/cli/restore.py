@@ -22,8 +22,8 @@ N_NAMES = 3
 @click.command(
     cls=Command,
     examples=(
-        "pyllama-dsv4 convert DeepSeek-V4-Flash --outfile flash.gguf --recipe flash.recipe",
-        "pyllama-dsv4 restore flash.gguf --recipe flash.recipe DeepSeek-V4-Flash-again",
+        "pyllama-dsv4 convert V4-Flash --outfile flash.gguf --recipe flash.recipe",
+        "pyllama-dsv4 restore flash.gguf --recipe flash.recipe V4-Flash-again",
     ),
 )
 @click.argument("file", type=click.Path(path_type=Path))
