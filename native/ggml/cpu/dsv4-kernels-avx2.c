@@ -186,6 +186,7 @@ INLINE float sum_lanes(const __m256 * sum) {
         __m256 sum[2] = { _mm256_setzero_ps(), _mm256_setzero_ps() }; \
         struct group g; \
         for (int64_t i = 0; i < n/DSV4_GROUP; i++) { \
+            dsv4_fetch_ahead(p + i*(BYTES), BYTES); \
             LOAD((const void *) (p + i*(BYTES)), &g); \
             add_group(&g, y + i*DSV4_GROUP, sum); \
         } \

@@ -142,6 +142,7 @@ INLINE float sum_lanes(const float32x4_t * sum) {
         float32x4_t sum[QUARTERS] = { vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0) }; \
         struct group g; \
         for (int64_t i = 0; i < n/DSV4_GROUP; i++) { \
+            dsv4_fetch_ahead(p + i*(BYTES), BYTES); \
             LOAD(p + i*(BYTES), &g); \
             add_group(&g, y + i*DSV4_GROUP, sum); \
         } \

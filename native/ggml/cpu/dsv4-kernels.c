@@ -76,7 +76,9 @@ static void f8_dot(int64_t n, const void * x, const float * y, float * s) {
     float sum[DSV4_LANES] = { 0.0f };
     for (int64_t g = 0; g < n/DSV4_GROUP; g++) {
         float w[DSV4_GROUP], d[DSV4_LANES];
-        decode_f8((const uint8_t *) x + g*sizeof(block_f8_e4m3_b128), w, d);
+        const block_f8_e4m3_b128 * block = (const block_f8_e4m3_b128 *) x + g;
+        dsv4_fetch_ahead(block, sizeof(*block));
+        decode_f8((const uint8_t *) block, w, d);
         add_group(w, d, y + g*DSV4_GROUP, sum);
     }
     *s = dsv4_sum_lanes(sum);
@@ -106,6 +108,7 @@ static void mxfp4_dot(int64_t n, const void * x, const float * y, float * s) {
     float sum[DSV4_LANES] = { 0.0f };
     for (int64_t g = 0; g < dsv4_n_groups(n); g++) {
         float w[DSV4_GROUP], d[DSV4_LANES];
+        dsv4_fetch_ahead((const uint8_t *) x + g*MXFP4_BLOCKS*MXFP4_BYTES, MXFP4_BLOCKS*MXFP4_BYTES);
         decode_mxfp4(mxfp4_group(n, x, g, tail), w, d);
         add_group(w, d, y + g*DSV4_GROUP, sum);
     }
@@ -136,6 +139,7 @@ static void bf16_dot(int64_t n, const void * x, const float * y, float * s) {
     float sum[DSV4_LANES] = { 0.0f };
     for (int64_t g = 0; g < dsv4_n_groups(n); g++) {
         float w[DSV4_GROUP], d[DSV4_LANES];
+        dsv4_fetch_ahead((const uint16_t *) x + g*DSV4_GROUP, DSV4_GROUP*sizeof(uint16_t));
         decode_bf16(bf16_group(n, x, g, tail), w, d);
         add_group(w, d, y + g*DSV4_GROUP, sum);
     }
