@@ -287,9 +287,9 @@ static const uint8_t f8_order[DSV4_GROUP]    = DSV4_GROUP_ORDER(F8_AT);
 static const uint8_t mxfp4_order[DSV4_GROUP] = DSV4_GROUP_ORDER(MXFP4_AT);
 static const uint8_t bf16_order[DSV4_GROUP]  = DSV4_GROUP_ORDER(BF16_AT);
 
-static const struct dsv4_kernels f8_kernels    = { f8_order,    f8_dot,    f8_decode,    tile };
-static const struct dsv4_kernels mxfp4_kernels = { mxfp4_order, mxfp4_dot, mxfp4_decode, tile };
-static const struct dsv4_kernels bf16_kernels  = { bf16_order,  bf16_dot,  bf16_decode,  tile };
+static const struct dsv4_kernels f8_kernels    = { f8_order,    f8_dot,    f8_decode, tile, dsv4_sum_rows_avx2 };
+static const struct dsv4_kernels mxfp4_kernels = { mxfp4_order, mxfp4_dot, mxfp4_decode, tile, dsv4_sum_rows_avx2 };
+static const struct dsv4_kernels bf16_kernels  = { bf16_order,  bf16_dot,  bf16_decode, tile, dsv4_sum_rows_avx2 };
 
 const struct dsv4_kernels * dsv4_kernels_avx512(enum ggml_type type) {
     if (!__builtin_cpu_supports("avx512vbmi") || !__builtin_cpu_supports("avx512dq") ||

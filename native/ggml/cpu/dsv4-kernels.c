@@ -160,6 +160,24 @@ static void tile(int64_t n_groups, const float * w, const float * d, const float
     }
 }
 
+// In loops that compilers vectorise.
+void dsv4_sum_rows_portable(const float * sum, float * s) {
+    float lanes[DSV4_LANES/2][DSV4_ROWS];
+    for (int r = 0; r < DSV4_ROWS; r++) {
+        for (int l = 0; l < DSV4_LANES/2; l++) {
+            lanes[l][r] = sum[r*DSV4_LANES + l] + sum[r*DSV4_LANES + l + DSV4_LANES/2];
+        }
+    }
+    for (int half = DSV4_LANES/4; half > 0; half /= 2) {
+        for (int l = 0; l < half; l++) {
+            for (int r = 0; r < DSV4_ROWS; r++) {
+                lanes[l][r] += lanes[l + half][r];
+            }
+        }
+    }
+    memcpy(s, lanes[0], sizeof(lanes[0]));
+}
+
 // --- tables ---
 
 #define IN_PLACE(v, l)   16*(v) + (l)
@@ -168,9 +186,9 @@ static void tile(int64_t n_groups, const float * w, const float * d, const float
 static const uint8_t in_place[DSV4_GROUP]    = DSV4_GROUP_ORDER(IN_PLACE);
 static const uint8_t mxfp4_order[DSV4_GROUP] = DSV4_GROUP_ORDER(MXFP4_AT);
 
-static const struct dsv4_kernels f8_kernels    = { in_place,    f8_dot,    f8_decode_row,    tile };
-static const struct dsv4_kernels mxfp4_kernels = { mxfp4_order, mxfp4_dot, mxfp4_decode_row, tile };
-static const struct dsv4_kernels bf16_kernels  = { in_place,    bf16_dot,  bf16_decode_row,  tile };
+static const struct dsv4_kernels f8_kernels    = { in_place,    f8_dot,    f8_decode_row, tile, dsv4_sum_rows_portable };
+static const struct dsv4_kernels mxfp4_kernels = { mxfp4_order, mxfp4_dot, mxfp4_decode_row, tile, dsv4_sum_rows_portable };
+static const struct dsv4_kernels bf16_kernels  = { in_place,    bf16_dot,  bf16_decode_row, tile, dsv4_sum_rows_portable };
 
 const struct dsv4_kernels * dsv4_kernels_portable(enum ggml_type type) {
     switch (type) {

@@ -129,8 +129,14 @@ static void fill_panels(const struct product * p, float * panels, int ith, int n
         const float * x    = x_row(p->x, unit / p->n_groups) + g*DSV4_GROUP;
         float       * y    = panels + unit*DSV4_GROUP;
         const int64_t n    = p->n - g*DSV4_GROUP; // values left in the row
-        for (int i = 0; i < DSV4_GROUP; i++) {
-            y[i] = order[i] < n ? x[order[i]] : 0.0f;
+        if (n >= DSV4_GROUP) {
+            for (int i = 0; i < DSV4_GROUP; i++) {
+                y[i] = x[order[i]];
+            }
+        } else {
+            for (int i = 0; i < DSV4_GROUP; i++) {
+                y[i] = order[i] < n ? x[order[i]] : 0.0f;
+            }
         }
     }
 }
@@ -240,7 +246,7 @@ static void multiply_block(
     }
     for (int c = 0; c < n_cols; c++) {
         float s[DSV4_ROWS];
-        dsv4_sum_lanes_of_rows(sums + c*DSV4_ROWS*DSV4_LANES, s);
+        kernels->sum_rows(sums + c*DSV4_ROWS*DSV4_LANES, s);
         memcpy(column_dst(cols, first + c) + row, s, n_rows*sizeof(float));
     }
 }
