@@ -44,7 +44,7 @@ static bool is_plain(const struct ggml_tensor * t) {
 }
 
 static bool make_product(const struct ggml_tensor * op, struct product * p) {
-    if (op->op != GGML_OP_MUL_MAT && op->op != GGML_OP_MUL_MAT_ID) {
+    if (op->op != GGML_OP_MUL_MAT && op->op != GGML_OP_MUL_MAT_ID) { // asked for the work size of every operation
         return false;
     }
     const struct ggml_tensor * w = op->src[0];
@@ -274,7 +274,7 @@ static void multiply(
 
 bool dsv4_product_compute(struct ggml_compute_params * params, struct ggml_tensor * op) {
     struct product p;
-    if (params->use_ref || !make_product(op, &p)) {
+    if (!make_product(op, &p)) {
         return false;
     }
     p.dst = op;
