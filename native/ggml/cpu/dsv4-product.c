@@ -1,6 +1,7 @@
 #include "dsv4-product.h"
 
 #include "dsv4-kernels.h"
+#include "dsv4-paging.h"
 
 #include "ggml-cpu-impl.h"
 
@@ -285,6 +286,11 @@ bool dsv4_product_compute(struct ggml_compute_params * params, struct ggml_tenso
     if (params->ith == 0) {
         if (p.ids) {
             sort_slots(&p, &work);
+            if (dsv4_paging_is_on()) {
+                for (int32_t i = 0; i < MIN(work.active[0], DSV4_PAGING_AHEAD); i++) {
+                    dsv4_paging_announce(p.w, work.active[1 + i], work.active[0]);
+                }
+            }
         }
         ggml_threadpool_chunk_set(params->threadpool, params->nth);
     }
@@ -308,6 +314,9 @@ bool dsv4_product_compute(struct ggml_compute_params * params, struct ggml_tenso
         int64_t n_cols;
         if (p.ids) {
             const int32_t expert = work.active[1 + mat];
+            if (row == 0 && mat + DSV4_PAGING_AHEAD < n_mats && dsv4_paging_is_on()) {
+                dsv4_paging_announce(p.w, work.active[1 + mat + DSV4_PAGING_AHEAD], work.active[0]);
+            }
             w         += expert*p.w->nb[2];
             cols.slots = work.slots + work.first[expert];
             n_cols     = work.first[expert + 1] - work.first[expert];
