@@ -1,10 +1,10 @@
-"""The three levels of rounding against the NumPy reference: logits of whole models, and single layers.
+"""The three levels of rounding against the NumPy reference: logits of whole models, and the layers of a deep one.
 
 Rounding makes the function discontinuous: two correct programs differ by single flips, and the selection of rows and
 experts amplifies them. So whole models are held by the median token at level cache, and by as much as the reference
-itself moves at level full; single layers, whose input is the same to the bit, are held tightly at every level. What
-the bounds can see is shown by references that are wrong in one step each. Some mistakes no bound on logits can see (a
-block of another size, a tie rule): those are shown on the operation, in ``test_act_quant.py``.
+itself moves at level full; layers, each given the reference's own input to the bit, are held tightly at every level.
+What the bounds can see is shown by references that are wrong in one step each. Some mistakes no bound on logits can see
+(a block of another size, a tie rule): those are shown on the operation, in ``test_act_quant.py``.
 
 The native file and the same weights in F32 are held alike: its products lose nothing of their inputs.
 """
@@ -14,13 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from layer_probe import DEEP, layer_output, probed, reference_streams
 from reference import LEVELS, Model, attention, indexer, load_checkpoint, moe, quant
 from reference.quant import Rounding
 
@@ -113,6 +114,8 @@ def token_errors(a: Array, b: Array) -> Array:
 
 
 def relative_errors(a: Array, b: Array) -> Array:
+    """Of tokens, whatever belongs to one."""
+    a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
     return np.linalg.norm(a - b, axis=1) / np.linalg.norm(b, axis=1)
 
 
@@ -159,26 +162,46 @@ def test_full_rounds_inputs_of_products(make: Callable[..., Files], heads: str, 
     assert nmse(run(files.paths[file], files.ids, "full"), expected(files, "full")) < FULL_NMSE
 
 
-# --- single layers: the input of the layer is the reference's own ---------------------------------------------------
+# --- the layers of a deep model: the input of each is the reference's own --------------------------------------------
 
-LAYERS: dict[str, dict[str, Any]] = {
-    "window, hash": {"compress_ratios": [0, 0], "num_hash_layers": 1},
-    "ratio 4, biased": {"compress_ratios": [4, 0], "num_hash_layers": 0},
-    "ratio 128, biased": {"compress_ratios": [128, 0], "num_hash_layers": 0},
-}
+
+@lru_cache(maxsize=16)
+def _streams(checkpoint: Path, ids: tuple[int, ...], level: str) -> list[Array]:
+    config, weights = load_checkpoint(checkpoint)
+    return reference_streams(Model(config, weights, np.float64, level), ids)
+
+
+def streams(files: Files, level: str) -> list[Array]:
+    """What enters each layer, and what leaves the last one."""
+    return _streams(files.checkpoint, tuple(files.ids), level)
+
+
+def layer_outputs(files: Files, file: str, level: str, splits: tuple[int, ...] = ()) -> list[Array]:
+    """What each layer of the engine makes of the reference's streams."""
+    given = streams(files, level)
+    with probed(given) as probe:
+        run(files.paths[file], files.ids, level, splits)
+    np.testing.assert_array_equal(probe.made[0], given[0])  # embeddings: not a bit of difference
+    return probe.made[1:]
+
+
+def is_near(errors: Array) -> bool:
+    return bool(np.median(errors) < LAYER_MEDIAN and np.mean(errors < LAYER_HALF) >= 0.5)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("seed", "split"), [*((seed, "prefill") for seed in SEEDS), (SEEDS[0], "mixed")])
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("heads", HEADS)
-def test_one_layer(make: Callable[..., Files], heads: str, file: str, layer: str, level: str) -> None:
-    for seed in SEEDS[:2]:
-        files = make(seed, num_hidden_layers=1, **LAYERS[layer], **HEADS[heads])
-        errors = relative_errors(run(files.paths[file], files.ids, level), expected(files, level))
-        assert np.median(errors) < LAYER_MEDIAN
-        assert np.mean(errors < LAYER_HALF) >= 0.5
+def test_every_layer_of_a_deep_model(
+    make: Callable[..., Files], heads: str, file: str, level: str, seed: int, split: str
+) -> None:
+    files = make(seed, **DEEP, **HEADS[heads])
+    made = layer_outputs(files, file, level, SPLITS[split])
+    assert len(made) == len(DEEP["compress_ratios"]) - 1
+    for i_layer, (got, want) in enumerate(zip(made, streams(files, level)[1:], strict=True)):
+        assert is_near(relative_errors(got, want)), i_layer
 
 
 # --- the bounds have teeth: references that are wrong in one step ---------------------------------------------------
@@ -254,6 +277,61 @@ def test_a_missing_or_wrong_step_is_seen_at_cache(
     assert np.median(token_errors(got, wrong)) > 2 * CACHE_MEDIAN[heads]
 
 
+@dataclass(frozen=True)
+class Deep:
+    """A deep model at one level: the reference's streams, and what the engine's layers made of them."""
+
+    files: Files
+    level: str
+    given: list[Array]
+    made: list[Array]
+
+    def model(self) -> Model:
+        config, weights = load_checkpoint(self.files.checkpoint)
+        return Model(config, weights, np.float64, self.level)
+
+    def errors(self, model: Model, i_layer: int) -> Array:
+        """Of a layer against the reference as it is now, on the input that the engine had."""
+        want = layer_output(model, i_layer, self.given[i_layer], self.files.ids)
+        return relative_errors(self.made[i_layer], want)
+
+
+@pytest.fixture(scope="module")
+def deep(make: Callable[..., Files]) -> Callable[[str], Deep]:
+    @cache
+    def at(level: str) -> Deep:
+        files = make(MUTANT_SEED, **DEEP, **HEADS["D=256"])
+        return Deep(files, level, streams(files, level), layer_outputs(files, "native", level))
+
+    return at
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mutate", "i_layer"),
+    [
+        (no_window_rows, 3),
+        (no_window_rows, 5),
+        (no_compressed_rows, 2),
+        (no_compressed_rows, 4),
+        (rope_channels_too, 3),
+        (no_hadamard, 4),
+        (no_index_rounding, 4),
+    ],
+)
+@pytest.mark.parametrize("level", LEVELS[1:])
+def test_a_wrong_step_is_seen_in_its_layer(
+    deep: Callable[[str], Deep],
+    level: str,
+    mutate: Callable[[pytest.MonkeyPatch], None],
+    i_layer: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = deep(level)
+    mutate(monkeypatch)
+    assert not is_near(seen.errors(seen.model(), i_layer))
+
+
 ROUNDED_INPUTS = (
     "attn.wq_a.weight",
     "attn.wq_b.weight",
@@ -272,33 +350,29 @@ ROUNDED_INPUTS = (
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ROUNDED_INPUTS)
 def test_an_unrounded_input_is_seen_at_full(
-    make: Callable[..., Files], name: str, monkeypatch: pytest.MonkeyPatch
+    deep: Callable[[str], Deep], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = make(MUTANT_SEED, num_hidden_layers=1, **LAYERS["ratio 4, biased"], **HEADS["D=256"])
-    got = run(files.paths["native"], files.ids, "full")
-    config, weights = load_checkpoint(files.checkpoint)
-    model = Model(config, weights, np.float64, "full")
-    plain = {id(w) for n, w in model.weights.items() if fnmatch(n, f"layers.0.{name}")}
+    seen, i_layer = deep("full"), 4  # a layer with an indexer
+    model = seen.model()
+    plain = {id(w) for n, w in model.weights.items() if fnmatch(n, f"layers.{i_layer}.{name}")}
     assert plain
     original = Rounding.linear
     monkeypatch.setattr(
         Rounding, "linear", lambda self, x, w: x @ w.T if id(w) in plain else original(self, x, w)
     )
-    wrong = np.mean(relative_errors(got, model.forward(files.ids).logits) > LAYER_HALF)
-    assert (
-        wrong > 0.25
-    )  # the indexer's input reaches only tokens whose selection changes, the others reach all
-    right = np.mean(relative_errors(got, expected(files, "full")) > LAYER_HALF)
+    wrong = np.mean(seen.errors(model, i_layer) > LAYER_HALF)
+    right = np.mean(relative_errors(seen.made[i_layer], seen.given[i_layer + 1]) > LAYER_HALF)
+    # the indexer's input reaches only tokens whose selection changes, the others reach all
+    assert wrong > 0.25
     assert right < wrong / 5
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("i_layer", [2, 3])  # experts chosen by token, by score
 def test_a_routing_weight_behind_the_rounding_is_seen_at_full(
-    make: Callable[..., Files], monkeypatch: pytest.MonkeyPatch
+    deep: Callable[[str], Deep], i_layer: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = make(MUTANT_SEED, num_hidden_layers=1, **LAYERS["window, hash"], **HEADS["D=256"])
-    got = run(files.paths["native"], files.ids, "full")
+    seen = deep("full")
     original = moe.MoE.expert
     monkeypatch.setattr(moe.MoE, "expert", lambda self, x, w, m: w * original(self, x, 1.0, m))
-    errors = relative_errors(got, compute(files.checkpoint, tuple(files.ids), "full"))
-    assert np.median(errors) > 10 * LAYER_MEDIAN
+    assert np.median(seen.errors(seen.model(), i_layer)) > 10 * LAYER_MEDIAN
