@@ -244,7 +244,7 @@ def draft_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("open_model", [Llama, bench], ids=["Llama", "bench"])
 def test_a_draft_model_is_refused_by_its_architecture(draft_model: Path, open_model: Any) -> None:
-    with pytest.raises(errors.UnsupportedModelError, match="'dflash'.* drafts for another") as error:
+    with pytest.raises(errors.UnsupportedModelError, match=r"'dflash'.* drafts for another") as error:
         open_model(draft_model)
     assert (error.value.path, error.value.key) == (str(draft_model), "general.architecture")
 

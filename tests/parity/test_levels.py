@@ -1,10 +1,11 @@
 """The three levels of rounding against the NumPy reference: logits of whole models, and the layers of a deep one.
 
 Rounding makes the function discontinuous: two correct programs differ by single flips, and the selection of rows and
-experts amplifies them. So whole models are held by the median token at level cache, and by as much as the reference
-itself moves at level full; layers, each given the reference's own input to the bit, are held tightly at every level.
-What the bounds can see is shown by references that are wrong in one step each. Some mistakes no bound on logits can see
-(a block of another size, a tie rule): those are shown on the operation, in ``test_act_quant.py``.
+experts amplifies them. So whole models are held by the median token at level cache, and at level full by how far the
+reference in float32 is from itself in float64; layers, each given the reference's own input to the bit, are held
+tightly at every level. What the bounds can see is shown by references that are wrong in one step each. Some mistakes
+no bound on logits can see (a block of another size, a tie rule): those are shown on the operation, in
+``test_act_quant.py``.
 
 The native file and the same weights in F32 are held alike: its products lose nothing of their inputs.
 """
@@ -41,7 +42,8 @@ HEADS: dict[str, dict[str, Any]] = {
 NONE_MAX, NONE_NMSE = 1e-3, 1e-9
 CACHE_MEDIAN = {"D=128": 5e-3, "D=256": 1e-2}  # wider rows, more flips
 CACHE_NMSE = 5e-3
-FULL_NMSE = 2e-2  # the reference moves as much between float32 and float64
+FULL_NMSE = 2e-2
+FULL_SEEDS = range(1, 7)
 LAYER_MEDIAN, LAYER_HALF = 1e-5, 1e-4  # relative errors of tokens
 FILES = ("f32", "native")
 
@@ -99,10 +101,10 @@ def _expected(checkpoint: Path, ids: tuple[int, ...], level: str) -> Array:
     return compute(checkpoint, ids, level)
 
 
-def compute(checkpoint: Path, ids: tuple[int, ...], level: str) -> Array:
+def compute(checkpoint: Path, ids: tuple[int, ...], level: str, dtype: npt.DTypeLike = np.float64) -> Array:
     """Logits of the reference as it is now, not from the cache of results."""
     config, weights = load_checkpoint(checkpoint)
-    return Model(config, weights, np.float64, level).forward(ids).logits
+    return Model(config, weights, dtype, level).forward(ids).logits
 
 
 def expected(files: Files, level: str) -> Array:
@@ -154,12 +156,20 @@ def test_cache_rounds_what_is_kept(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("heads", HEADS)
-def test_full_rounds_inputs_of_products(make: Callable[..., Files], heads: str, file: str, seed: int) -> None:
-    files = make(seed, **HEADS[heads])
-    assert nmse(run(files.paths[file], files.ids, "full"), expected(files, "full")) < FULL_NMSE
+def test_full_differs_as_two_correct_programs_do(make: Callable[..., Files], heads: str) -> None:
+    """The reference in float32 is another correct program. Which of them flips in a seed is chance, hence the means."""
+    distances: dict[str, list[float]] = {name: [] for name in (*FILES, "float32")}
+    for seed in FULL_SEEDS:
+        files = make(seed, **HEADS[heads])
+        want = expected(files, "full")
+        for name in FILES:
+            distances[name].append(nmse(run(files.paths[name], files.ids, "full"), want))
+        other = compute(files.checkpoint, tuple(files.ids), "full", np.float32)
+        distances["float32"].append(nmse(other, want))
+    own = np.mean(distances["float32"])
+    for name in FILES:
+        assert np.mean(distances[name]) < min(FULL_NMSE, 2 * own), distances
 
 
 # --- the layers of a deep model: the input of each is the reference's own --------------------------------------------
