@@ -167,7 +167,7 @@ def bench(
     longest = max((*n_prompt, n_gen, 1))
     n_ctx = max(depths) + longest + 1
     report = check_model(path)
-    options: dict[str, Any] = {"cache_type": cache_type, "act_quant": act_quant}
+    options: dict[str, Any] = {"cache_type": cache_type, "act_quant": act_quant, "flash_attn": flash_attn}
     plan = plan_model(report, n_ctx=n_ctx, n_batch=n_batch, n_ubatch=n_batch, **options)
     plan.check()
 
@@ -180,7 +180,6 @@ def bench(
             n_batch=n_batch,
             n_ubatch=n_batch,
             n_threads=max(threads),
-            flash_attn=flash_attn,
             **options,
         )
         load_s = time.perf_counter() - start_s
