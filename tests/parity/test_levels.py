@@ -28,6 +28,7 @@ from reference.quant import Rounding
 
 from pyllama_dsv4 import Llama, synth
 from pyllama_dsv4.convert import convert
+from pyllama_dsv4.translate import translate
 
 Array = npt.NDArray[np.floating]
 
@@ -212,6 +213,30 @@ def test_every_layer_of_a_deep_model(
     assert len(made) == len(DEEP["compress_ratios"]) - 1
     for i_layer, (got, want) in enumerate(zip(made, streams(files, level)[1:], strict=True)):
         assert is_near(relative_errors(got, want)), i_layer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_layer_of_a_file_with_bf16_weights(make: Callable[..., Files], level: str) -> None:
+    """The upstream dialect, BF16 in place of FP8: not a weight differs, and what is rounded goes by a weight's role."""
+    files = make(SEEDS[0], **DEEP, **HEADS["D=256"])
+    files.paths["bf16"] = files.checkpoint.parent / "bf16.gguf"
+    if not files.paths["bf16"].exists():
+        translate(files.paths["native"], files.paths["bf16"], to="upstream", dense="bf16")
+    for got, want in zip(layer_outputs(files, "bf16", level), streams(files, level)[1:], strict=True):
+        assert is_near(relative_errors(got, want))
+
+
+@pytest.mark.slow
+def test_levels_change_a_q8_0_file_as_they_change_the_model(make: Callable[..., Files]) -> None:
+    """Its weights and inputs have 8 bits, which no bound of the others allows; what a level adds has the same size."""
+    files = make(SEEDS[0], **HEADS["D=128"])
+    path = files.checkpoint.parent / "q8_0.gguf"
+    translate(files.paths["native"], path, to="upstream", dense="q8_0")
+    plain, want = run(path, files.ids, "none"), expected(files, "none")
+    for level in LEVELS[1:]:
+        effect = nmse(run(path, files.ids, level), plain) / nmse(expected(files, level), want)
+        assert 1 / 3 < effect < 3, level
 
 
 # --- the bounds have teeth: references that are wrong in one step ---------------------------------------------------
