@@ -64,7 +64,11 @@ enum ggml_log_level
   GGML_LOG_LEVEL_CONT = ...
 };
 typedef bool (*ggml_abort_callback)(void *data);
+extern size_t ggml_nbytes(const struct ggml_tensor *tensor);
+extern const char *ggml_get_name(const struct ggml_tensor *tensor);
 typedef struct ggml_backend_device *ggml_backend_dev_t;
+extern void ggml_backend_tensor_set(struct ggml_tensor *tensor, const void *data, size_t offset, size_t size);
+extern void ggml_backend_tensor_get(const struct ggml_tensor *tensor, void *data, size_t offset, size_t size);
 typedef bool (*ggml_backend_sched_eval_callback)(struct ggml_tensor *t, bool ask, void *user_data);
 typedef struct llama_memory_i *llama_memory_t;
 typedef int32_t llama_pos;

@@ -152,6 +152,7 @@ class LlamaBase:
             n_ubatch=n_ubatch,
             cache_type=cache_type,
             act_quant=act_quant,
+            flash_attn=flash_attn,
             is_mapped=use_mmap and not use_mlock,
         )
         logger.info("%s: %s", self._report.header.path, self.plan.line())
