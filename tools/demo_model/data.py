@@ -21,17 +21,34 @@ from pyllama_dsv4 import Llama
 
 from .tasks import CALCULATOR, FACTS, Fact, Split, Turn, draw, draw_fact
 
-__all__ = ["Conversation", "Formatter", "batch", "conversation"]
+__all__ = ["ALL", "FIRST", "Conversation", "Formatter", "Mixture", "batch", "conversation"]
 
 Ids = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
-# how often each task is drawn
-WEIGHTS = {
-    "add": 5, "subtract": 5, "multiply": 1, "copy": 2, "reverse": 3, "sort": 4, "units": 2, "talk": 3, "unknown": 1,
-}  # fmt: skip
-P_FACT = 0.25  # that a turn states or asks for a fact
-P_TOOLS = 0.15  # of a conversation with the calculator
+
+@dataclass(frozen=True)
+class Mixture:
+    """What conversations are made of.
+
+    Attributes:
+        weights: How often each task is drawn.
+        p_fact: That a turn states or asks for a fact.
+    """
+
+    weights: dict[str, int]
+    p_fact: float
+
+
+FIRST = Mixture({"add": 6, "subtract": 5, "talk": 1}, p_fact=0.05)
+ALL = Mixture(
+    {
+        "add": 5, "subtract": 5, "multiply": 1, "copy": 2, "reverse": 3, "sort": 4, "units": 2, "talk": 3,
+        "unknown": 1,
+    },
+    p_fact=0.25,
+)  # fmt: skip
+P_TOOLS = 0.3  # of a conversation with the calculator
 P_THINKING = 0.4
 P_SUM_LAST = 0.7  # of a sum at the end of thinking: without tools only the last turn keeps its reasoning
 N_MARKUP = 3  # characters that the markup around a text counts as
@@ -79,21 +96,24 @@ def _turn_of(key: str, ask: str, answer: str) -> Turn:
     return Turn(key, ask, answer, "The user told me.")
 
 
-def conversation(rng: random.Random, split: Split, n_tokens: int, *, kind: str | None = None) -> Conversation:
+def conversation(
+    rng: random.Random, split: Split, n_tokens: int, *, kind: str | None = None, mixture: Mixture = ALL
+) -> Conversation:
     """Write a conversation of roughly `n_tokens` tokens.
 
     Args:
         rng: Source of all choices.
         split: Every turn belongs to it.
         n_tokens: How long, by a guess from the characters; at least one turn.
-        kind: A kind of fact that is stated first and asked for last; None for any mixture.
+        kind: A kind of fact that is stated first and asked for last; None for any or none.
+        mixture: What the turns between are.
     """
     c = Conversation(thinking=rng.random() < P_THINKING)
     if n_tokens >= N_TOOLS_TOKENS and rng.random() < P_TOOLS:
         c.tools.append(CALCULATOR)
         n_tokens -= 500
     told: dict[str, Fact] = {}  # by question: a later statement replaces an earlier one
-    names, weights = list(WEIGHTS), list(WEIGHTS.values())
+    names, weights = list(mixture.weights), list(mixture.weights.values())
     if kind is None and n_tokens > 400 and rng.random() < 0.7:
         kind = rng.choice(sorted(FACTS))
     last = draw_fact(kind, rng, split) if kind is not None else None
@@ -103,7 +123,7 @@ def conversation(rng: random.Random, split: Split, n_tokens: int, *, kind: str |
     n_characters = c.n_characters
     while n_characters < n_goal:
         before = len(c.messages)
-        if rng.random() < P_FACT:
+        if rng.random() < mixture.p_fact:
             if told and rng.random() < 0.6:
                 fact = told[rng.choice(sorted(told))]
                 c.add(_turn_of(fact.key, fact.ask, fact.answer))
@@ -166,7 +186,9 @@ class Formatter:
         return ids, mask
 
 
-def batch(formatter: Formatter, seed: int, step: int, n_rows: int, n_tokens: int) -> tuple[Ids, Mask]:
+def batch(
+    formatter: Formatter, seed: int, step: int, n_rows: int, n_tokens: int, mixture: Mixture = ALL
+) -> tuple[Ids, Mask]:
     """Return the ids (n_rows, n_tokens + 1) of a training step and which are to be learned.
 
     It depends on the arguments only. Rows are cut at the length; short ones end in EOS that is not learned.
@@ -176,7 +198,7 @@ def batch(formatter: Formatter, seed: int, step: int, n_rows: int, n_tokens: int
     for row in range(n_rows):
         rng = random.Random(f"{seed} {step} {row}")
         aim = n_tokens * rng.uniform(0.85, 1.0)  # so that most rows hold their last answer
-        row_ids, row_mask = formatter.encode(conversation(rng, "train", int(aim)))
+        row_ids, row_mask = formatter.encode(conversation(rng, "train", int(aim), mixture=mixture))
         n = min(row_ids.size, n_tokens + 1)
         ids[row, :n], mask[row, :n] = row_ids[:n], row_mask[:n]
     return ids, mask
