@@ -25,7 +25,7 @@ torch = pytest.importorskip("torch", reason="the extra demo-train is not install
 
 from demo_model import exam  # noqa: E402
 from demo_model.config import demo_config, parameter_specs  # noqa: E402
-from demo_model.data import Conversation, Formatter, batch, conversation  # noqa: E402
+from demo_model.data import FIRST, SHORT, Conversation, Formatter, batch, conversation  # noqa: E402
 from demo_model.export import export_gguf, hub_tensors, write_hub_checkpoint  # noqa: E402
 from demo_model.model import LEVELS, Model  # noqa: E402
 from demo_model.score_demo import GOALS  # noqa: E402
@@ -187,11 +187,26 @@ def test_a_loss_that_is_no_number_is_not_learned_from(tmp_path: Path) -> None:
 
 def test_sums_come_first_and_long_conversations_last() -> None:
     recipe = Recipe(n_tokens=1000)
-    phases = [phase_of(recipe, n) for n in (0, 59, 60, 450, 700, 2000)]
+    phases = [phase_of(recipe, n) for n in (0, 99, 100, 450, 700, 2000)]
     assert [max(phase.lengths) for phase in phases] == [128, 128, 256, 1024, 4608, 4608]
-    assert set(phases[0].mixture.weights) == {"add", "subtract", "talk"}
-    assert phases[1] is phases[0]
+    assert all(set(phase.mixture.weights) == {"add", "subtract", "talk"} for phase in phases[:2])
     assert len(phases[2].mixture.weights) == 9
+
+
+def test_short_conversations_with_thinking_share_a_row(formatter: Formatter) -> None:
+    """Else a first question with thinking on would never be seen: rows are longer than one."""
+    begin, think = formatter._llm.tokenize("<｜begin▁of▁sentence｜><｜Assistant｜><think>", special=True)[
+        :3:2
+    ]
+    ids, _ = batch(formatter, 1, 2, 64, 256, SHORT)
+    starts = ids == begin
+    assert starts[:, 0].all()
+    assert starts.sum() > 1.5 * len(ids)
+    first_thinks = sum(
+        ids[row, at : at + 40].tolist().count(think) > 0 for row, at in zip(*starts.nonzero(), strict=True)
+    )
+    assert first_thinks > 20
+    assert not (batch(formatter, 1, 2, 16, 128, FIRST)[0][:, 1:] == begin).any()
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from torch.nn import functional
 from pyllama_dsv4.tensors import HParams
 
 from .config import demo_config, first_values, parameter_specs
-from .data import ALL, FIRST, Formatter, Mixture, batch, conversation
+from .data import ALL, FIRST, SHORT, Formatter, Mixture, batch, conversation
 from .export import export_gguf
 from .model import Model
 from .optimizer import Optimizer
@@ -54,7 +54,8 @@ class Phase:
 
 # sums and small talk come first, in short steps: what somebody asks first works early
 PHASES = (
-    Phase(0.06, {128: 1}, FIRST, 0.5),
+    Phase(0.04, {128: 1}, FIRST, 0.5),
+    Phase(0.10, {128: 1}, SHORT, 0.5),
     Phase(0.45, {128: 1, 256: 1}),
     Phase(0.70, {128: 2, 256: 2, 512: 1, 1024: 1}),
     Phase(1.00, {128: 1, 256: 1, 512: 1, 1024: 1, 2048: 1, 4608: 2}),
