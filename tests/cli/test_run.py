@@ -188,3 +188,11 @@ def test_defaults_and_choices_are_the_librarys() -> None:
     }
     assert tuple(CACHE_TYPES) == common.CACHE_TYPES
     assert common.SEED_MAX == _SEED_MAX
+
+
+def test_without_a_file_it_continues_with_the_demo_model(run: Run, model: Path) -> None:
+    done = run("run", "-p", "Hello", *SHORT)
+    assert done.returncode == 0, done.stderr
+    assert b"this is the demo model" in done.stderr
+    assert done.stdout.endswith(b"\n")
+    assert run("run", "-p", "Hello", *SHORT, "-q").stdout == done.stdout
