@@ -24,7 +24,7 @@ OURS = (212, 0, 0)
 NOBODY = bytes(24)  # stock llama.cpp without RDMA
 BEAT = struct.pack("<Q", 2**64 - 1)
 
-HELLO, ALLOC_BUFFER, BUFFER_GET_BASE, GET_TENSOR, DEVICE_COUNT = 14, 0, 3, 8, 15
+HELLO, ALLOC_BUFFER, BUFFER_GET_BASE, BUFFER_CLEAR, GET_TENSOR, DEVICE_COUNT = 14, 0, 3, 5, 8, 15
 
 
 class Worker:

@@ -37,6 +37,7 @@ CODES = {
         "PyllamaError",
         "ServerError",
         "ThreadError",
+        "UnsupportedCpuError",
         "WorkerError",
     },
     2: {"ArgumentError", "UnknownOptionError"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -13,7 +14,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rpc_process import BEAT, LIMIT_S, OURS, FakeWorker, Start, Worker, greet, greeting, receive
+from rpc_process import (
+    ALLOC_BUFFER,
+    BEAT,
+    BUFFER_CLEAR,
+    DEVICE_COUNT,
+    LIMIT_S,
+    OURS,
+    FakeWorker,
+    Start,
+    Worker,
+    greet,
+    greeting,
+    receive,
+    request,
+    response,
+)
 
 from pyllama_dsv4 import Llama
 from pyllama_dsv4._native import ffi, lib, text
@@ -190,6 +206,22 @@ def test_a_long_computation_is_waited_for() -> None:
         rpc_devices(fake.endpoint)
     assert time.monotonic() - start_s > 9
     fake.close()
+
+
+@pytest.mark.slow
+def test_a_busy_worker_shows_signs_of_life(pair: list[Worker]) -> None:
+    connection, _ = greet(pair[0], identity())
+    with connection:
+        request(connection, ALLOC_BUFFER, struct.pack("<IQ", 0, 256 << 20))
+        buffer, _ = struct.unpack("<QQ", response(connection))
+        for _ in range(100):  # seconds of work that is not answered
+            request(connection, BUFFER_CLEAR, struct.pack("<QB", buffer, 1))
+        request(connection, DEVICE_COUNT, b"")
+        n_beats = 0
+        while receive(connection, 8) == BEAT:
+            n_beats += 1
+        assert n_beats >= 1
+        assert receive(connection, 4) == struct.pack("<I", 1)
 
 
 def test_nobody_there_is_an_error(model: Path) -> None:
