@@ -17,7 +17,9 @@ def find(major: str) -> Path | None:
     spec = importlib.util.find_spec("nvidia")
     for root in (spec.submodule_search_locations or []) if spec else []:
         folder = Path(root) / f"cu{major}"
-        if (folder / "lib" / f"libcublas.so.{major}").is_file() and (folder / "include" / "cublas_v2.h").is_file():
+        if (folder / "lib" / f"libcublas.so.{major}").is_file() and (
+            folder / "include" / "cublas_v2.h"
+        ).is_file():
             return folder
     return None
 

@@ -6,8 +6,11 @@ objects (model, context, sampler, tokenizer) import ``ffi`` and ``lib`` from her
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
 import logging
 import os
+import re
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -18,9 +21,39 @@ from typing import Any, NoReturn, TypeVar
 
 from . import errors
 
+
+def _load_pip_cublas(error: ImportError) -> None:
+    """Load the cuBLAS that a CUDA build misses from pip's ``nvidia-cublas``, where the dynamic linker does not look.
+
+    Raises:
+        ImportError: It is not installed.
+    """
+    match = re.search(r"libcublas(?:Lt)?\.so\.(\d+)", str(error))
+    if match is None:
+        raise error
+    major = match[1]
+    spec = importlib.util.find_spec("nvidia")
+    for root in (spec.submodule_search_locations or []) if spec else []:
+        folder = Path(root) / f"cu{major}" / "lib"
+        if (folder / f"libcublas.so.{major}").exists():
+            for name in ("libcublasLt", "libcublas"):  # the second needs the first
+                ctypes.CDLL(str(folder / f"{name}.so.{major}"), mode=ctypes.RTLD_GLOBAL)
+            return
+    raise ImportError(
+        f"this build of pyllama-dsv4 is for CUDA {major} and needs cuBLAS, which was not found ({error}); install it: "
+        f"pip install 'nvidia-cublas=={major}.*'"
+    ) from error
+
+
 try:
-    from ._llama import ffi, lib
+    try:
+        from ._llama import ffi, lib
+    except ImportError as first:
+        _load_pip_cublas(first)
+        from ._llama import ffi, lib
 except ImportError as error:
+    if "cuBLAS" in str(error):
+        raise
     if (Path(__file__).parent.parent / "pyproject.toml").exists():
         advice = (
             "Python found the source folder instead of an installed package: run `pip install .` here and start "

@@ -13,6 +13,7 @@ struct llama_sampler_seq_config;
 struct llama_vocab;
 struct pyl_chat;
 struct pyl_chat_parser;
+struct pyl_placement;
 struct pyl_sampler;
 enum ggml_type
 {
@@ -426,5 +427,11 @@ bool pyl_quantize_knows(enum llama_ftype ftype);
 int32_t pyl_tokenize(const struct llama_vocab *vocab, const char *text, int32_t n_bytes, int32_t *ids, int32_t n_max, bool parse_special);
 int32_t pyl_token_bytes(const struct llama_vocab *vocab, int32_t id, char *buf, int32_t size);
 int32_t pyl_server_run(int32_t argc, const char * const *argv);
+struct pyl_placement *pyl_placement_init(void);
+void pyl_placement_free(struct pyl_placement *placement);
+int32_t pyl_placement_override(struct pyl_placement *placement, const char *pattern, const char *buffer);
+int32_t pyl_placement_split(struct pyl_placement *placement, const float *shares, int32_t n);
+void pyl_placement_apply(struct pyl_placement *placement, struct llama_model_params *params);
+int32_t pyl_placement_fit(struct pyl_placement *placement, const char *path, uint64_t margin_bytes, struct llama_model_params *params, struct llama_context_params *context);
 int32_t pyl_n_cores(void);
 int32_t pyl_warm_range(int fd, int64_t offset, int64_t n_bytes, int64_t *n_bytes_resident);

@@ -22,7 +22,7 @@ from .errors import (
 from .model import Model
 from .watch import Watch
 
-__all__ = ["ACT_QUANT_LEVELS", "CACHE_TYPES", "FLASH_ATTN", "Context"]
+__all__ = ["ACT_QUANT_LEVELS", "CACHE_TYPES", "FLASH_ATTN", "Context", "context_params"]
 
 SHORT_S = 0.1  # a call that takes less need not be interruptible
 
@@ -42,6 +42,66 @@ FLASH_ATTN = {
     "on": lib.LLAMA_FLASH_ATTN_TYPE_ENABLED,
     "off": lib.LLAMA_FLASH_ATTN_TYPE_DISABLED,
 }
+
+
+def context_params(
+    *,
+    n_ctx: int,
+    n_batch: int,
+    n_ubatch: int,
+    n_threads: int,
+    cache_type: str,
+    act_quant: str = "cache",
+    flash_attn: str = "auto",
+    n_seq_max: int = 1,
+) -> Any:
+    """Return the ``llama_context_params`` of a ``Context`` with these arguments.
+
+    Raises:
+        ArgumentError: An argument is out of range.
+    """
+    for name, choice, choices in (
+        ("cache_type", cache_type, CACHE_TYPES),
+        ("act_quant", act_quant, ACT_QUANT_LEVELS),
+        ("flash_attn", flash_attn, FLASH_ATTN),
+    ):
+        if choice not in choices:
+            raise ArgumentError(
+                "creating a context", key=name, found=repr(choice), expected=", ".join(choices)
+            )
+    for name, value in (
+        ("n_ctx", n_ctx),
+        ("n_batch", n_batch),
+        ("n_ubatch", n_ubatch),
+        ("n_threads", n_threads),
+        ("n_seq_max", n_seq_max),
+    ):
+        if not 1 <= value < 2**31:
+            raise ArgumentError(
+                "creating a context", key=name, found=value, expected="a number from 1 to 2^31-1"
+            )
+    if cache_type == "q8_0" and flash_attn == "off":
+        raise ArgumentError(
+            "creating a context",
+            key="flash_attn",
+            found="'off' with cache_type 'q8_0'",
+            expected="'on' or 'auto'",
+            hint="The engine reads a quantised cache only in flash attention.",
+        )
+    params = lib.llama_context_default_params()
+    params.n_ctx = n_ctx * n_seq_max  # the engine divides it among the sequences
+    params.n_batch = min(n_batch, n_ctx)
+    params.n_ubatch = min(n_ubatch, params.n_batch)
+    params.n_seq_max = n_seq_max
+    params.n_threads = params.n_threads_batch = n_threads
+    params.type_k = params.type_v = CACHE_TYPES[cache_type]
+    params.act_quant = ACT_QUANT_LEVELS[act_quant]
+    params.flash_attn_type = FLASH_ATTN[flash_attn]
+    params.no_perf = True
+    # Window layers keep their window only. The V4 cache cannot drop a tail anyway, and a full-size one would take
+    # 44 KB a token for Flash and let every token attend over masked cells.
+    params.swa_full = False
+    return params
 
 
 class Context:
@@ -72,48 +132,17 @@ class Context:
         flash_attn: str = "auto",
         n_seq_max: int = 1,
     ) -> None:
-        for name, choice, choices in (
-            ("cache_type", cache_type, CACHE_TYPES),
-            ("act_quant", act_quant, ACT_QUANT_LEVELS),
-            ("flash_attn", flash_attn, FLASH_ATTN),
-        ):
-            if choice not in choices:
-                raise ArgumentError(
-                    "creating a context", key=name, found=repr(choice), expected=", ".join(choices)
-                )
-        for name, value in (
-            ("n_ctx", n_ctx),
-            ("n_batch", n_batch),
-            ("n_ubatch", n_ubatch),
-            ("n_threads", n_threads),
-            ("n_seq_max", n_seq_max),
-        ):
-            if not 1 <= value < 2**31:
-                raise ArgumentError(
-                    "creating a context", key=name, found=value, expected="a number from 1 to 2^31-1"
-                )
-        if cache_type == "q8_0" and flash_attn == "off":
-            raise ArgumentError(
-                "creating a context",
-                key="flash_attn",
-                found="'off' with cache_type 'q8_0'",
-                expected="'on' or 'auto'",
-                hint="The engine reads a quantised cache only in flash attention.",
-            )
+        params = context_params(
+            n_ctx=n_ctx,
+            n_batch=n_batch,
+            n_ubatch=n_ubatch,
+            n_threads=n_threads,
+            cache_type=cache_type,
+            act_quant=act_quant,
+            flash_attn=flash_attn,
+            n_seq_max=n_seq_max,
+        )
         self._model = model
-        params = lib.llama_context_default_params()
-        params.n_ctx = n_ctx * n_seq_max  # the engine divides it among the sequences
-        params.n_batch = min(n_batch, n_ctx)
-        params.n_ubatch = min(n_ubatch, params.n_batch)
-        params.n_seq_max = n_seq_max
-        params.n_threads = params.n_threads_batch = n_threads
-        params.type_k = params.type_v = CACHE_TYPES[cache_type]
-        params.act_quant = ACT_QUANT_LEVELS[act_quant]
-        params.flash_attn_type = FLASH_ATTN[flash_attn]
-        params.no_perf = True
-        # Window layers keep their window only. The V4 cache cannot drop a tail anyway, and a full-size one would take
-        # 44 KB a token for Flash and let every token attend over masked cells.
-        params.swa_full = False
         self._monitor = ffi.new("struct pyl_monitor *")
         pointer = lib.pyl_context_init(model.pointer, params, self._monitor)
         check_ptr(

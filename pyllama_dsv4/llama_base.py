@@ -20,12 +20,13 @@ import numpy.typing as npt
 
 from ._native import build_info, lib, logger, series_digest
 from .chat_engine import ChatEngine
-from .context import Context
+from .context import Context, context_params
 from .errors import ArgumentError, ClosedError, ContextFullError, ThreadError
 from .header import HeaderReport
 from .machine import working_set_bytes
 from .model import Model, check_model
 from .options import keyword_names, refuse_unknown
+from .placement import Placement
 from .plan import N_CTX_DEFAULT, Plan, plan_model
 from .prefix_cache import BYTES_MAX, PrefixCache
 from .sampler import SAMPLING_NAMES, Sampler, SamplingOptions, SamplingParams
@@ -67,6 +68,11 @@ class LlamaBase:
         n_ubatch: int = 512,
         n_threads: int | None = None,
         n_gpu_layers: int | Literal["auto"] = "auto",
+        n_cpu_moe: int = 0,
+        tensor_overrides: Mapping[str, str] | None = None,
+        split_mode: Literal["none", "layer", "row", "tensor"] = "layer",
+        main_gpu: int = 0,
+        tensor_split: Sequence[float] = (),
         use_mmap: bool = True,
         use_mlock: bool = False,
         cache_type: str = "f16",
@@ -90,7 +96,13 @@ class LlamaBase:
             n_batch: Tokens per call to the engine at most.
             n_ubatch: Tokens evaluated at once at most; more is faster for prompts and takes more memory.
             n_threads: CPU threads; None takes the physical cores that this process may use.
-            n_gpu_layers: ``"auto"`` places all layers on a GPU if this build supports one, else none; or a number.
+            n_gpu_layers: ``"auto"`` places on GPUs what fits there, experts leaving first, and goes on without a GPU;
+                or a number, which without a GPU is an error; negative means all.
+            n_cpu_moe: First layers whose routed experts stay in host memory.
+            tensor_overrides: Regular expression over tensor names -> device buffer, such as ``{"exps": "CPU"}``.
+            split_mode: How several GPUs share the model: by ``"layer"``, ``"row"``, ``"tensor"``, or ``"none"``.
+            main_gpu: The GPU that holds everything with ``split_mode="none"``.
+            tensor_split: Shares of the GPUs; empty takes their free memory.
             use_mmap: Map the file. Pages are then read when they are needed, and ahead of that by a background thread.
             use_mlock: Keep the model's pages in memory.
             cache_type: Type of the KV cache: ``f32``, ``f16``, ``bf16`` or ``q8_0``.
@@ -140,6 +152,14 @@ class LlamaBase:
         self._seed = SamplingParams(seed=seed).seed  # checked there
         self.stats = Stats()
 
+        placement = Placement(
+            n_gpu_layers=n_gpu_layers,
+            n_cpu_moe=n_cpu_moe,
+            tensor_overrides=tensor_overrides or {},
+            split_mode=split_mode,
+            main_gpu=main_gpu,
+            tensor_split=tensor_split,
+        )
         self._report: HeaderReport = check_model(model_path)
         self.plan: Plan = plan_model(
             self._report,
@@ -152,25 +172,25 @@ class LlamaBase:
         )
         logger.info("%s: %s", self._report.header.path, self.plan.line())
         self.plan.check()
-        if n_gpu_layers == "auto":
-            n_gpu_layers = -1 if lib.llama_supports_gpu_offload() else 0
+        placement.check_devices()
+        self._context_options: dict[str, Any] = {
+            "n_ctx": n_ctx,
+            "n_batch": n_batch,
+            "n_ubatch": n_ubatch,
+            "n_threads": _n_threads_default() if n_threads is None else n_threads,
+            "cache_type": cache_type,
+            "act_quant": act_quant,
+            "flash_attn": flash_attn,
+        }
         self._model = Model(
             model_path,
-            n_gpu_layers=n_gpu_layers,
+            placement=placement,
+            context_params=context_params(**self._context_options),
             use_mmap=use_mmap,
             use_mlock=use_mlock,
             on_progress=None if progress is None else lambda f: progress(Progress("load", f)) is not False,
         )
         try:
-            self._context_options: dict[str, Any] = {
-                "n_ctx": n_ctx,
-                "n_batch": n_batch,
-                "n_ubatch": n_ubatch,
-                "n_threads": _n_threads_default() if n_threads is None else n_threads,
-                "cache_type": cache_type,
-                "act_quant": act_quant,
-                "flash_attn": flash_attn,
-            }
             self._context = Context(self._model, **self._context_options)
         except BaseException:
             self._model.close()

@@ -11,6 +11,7 @@ from typing import Any
 from ._native import check_ptr, encode_path, ffi, lib, run_cancellable, text
 from .errors import ClosedError, ModelLoadError
 from .header import HeaderReport, check_header, read_header
+from .placement import Placement
 
 __all__ = ["Model", "check_model"]
 
@@ -41,11 +42,13 @@ class Model:
 
     Args:
         path: GGUF file (first shard of a split model). Check it with ``header.check_header`` first.
-        n_gpu_layers: Layers placed on GPUs; negative means all.
+        n_gpu_layers: Layers placed on GPUs; negative means all. Ignored where `placement` is given.
         use_mmap: Map the file instead of reading it into memory.
         use_mlock: Keep the pages in memory.
         use_extra_bufts: Let the CPU backend repack weights into new memory. Never for DeepSeek-V4: the repacked
             copy would be as large as the file.
+        placement: Where the model is to lie, in full.
+        context_params: ``llama_context_params`` for which memory is left where the placement is found automatically.
         on_progress: Called with the fraction 0..1 about every 50 ms; returning False cancels the load.
 
     Raises:
@@ -62,13 +65,16 @@ class Model:
         use_mmap: bool = True,
         use_mlock: bool = False,
         use_extra_bufts: bool = False,
+        placement: Placement | None = None,
+        context_params: Any = None,
         on_progress: Callable[[float], bool] | None = None,
     ) -> None:
         self.path = Path(path)
         params = lib.llama_model_default_params()
-        params.n_gpu_layers = n_gpu_layers
+        placement = Placement(n_gpu_layers=n_gpu_layers) if placement is None else placement
         params.load_mode = _load_mode(use_mmap, use_mlock)
         params.use_extra_bufts = use_extra_bufts
+        placed = placement.apply(params, path, context_params)
         monitor = ffi.new("struct pyl_monitor *")
         c_path = ffi.new("char[]", encode_path(path))
 
@@ -79,6 +85,7 @@ class Model:
 
         on_poll = None if on_progress is None else lambda: on_progress(float(monitor.progress))
         self._pointer = ffi.gc(run_cancellable(load, monitor, on_poll), lib.llama_model_free)
+        ffi.release(placed)  # the load has read it
 
     @property
     def pointer(self) -> Any:

@@ -181,6 +181,27 @@ int32_t pyl_token_bytes(const struct llama_vocab * vocab, int32_t id, char * buf
 // process at once with exit code 128 + signal. Options such as --help end the process as well. Once per process.
 int32_t pyl_server_run(int32_t argc, const char * const * argv);
 
+// --- placement ---
+
+struct pyl_placement;
+
+struct pyl_placement * pyl_placement_init(void);
+void pyl_placement_free(struct pyl_placement * placement);
+
+// Tensors whose name the regular expression finds go to a device's buffer ("CPU", "CUDA0"); the first that finds wins.
+int32_t pyl_placement_override(struct pyl_placement * placement, const char * pattern, const char * buffer);
+
+// Shares of the devices in the layers, at most llama_max_devices() of them.
+int32_t pyl_placement_split(struct pyl_placement * placement, const float * shares, int32_t n);
+
+// Point params at what the placement owns, which must outlive the load.
+void pyl_placement_apply(struct pyl_placement * placement, struct llama_model_params * params);
+
+// Instead of the three above: let upstream choose what fits with margin_bytes left on each device, experts leaving first.
+// 1: found, 0: nothing fits (params are as they were), or a pyl_status. Not while another thread uses the engine.
+int32_t pyl_placement_fit(struct pyl_placement * placement, const char * path, uint64_t margin_bytes,
+        struct llama_model_params * params, struct llama_context_params * context);
+
 // --- machine ---
 
 int32_t pyl_n_cores(void); // physical cores

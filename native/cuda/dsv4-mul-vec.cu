@@ -15,7 +15,7 @@ struct partial_sums {
 };
 
 template <typename W, bool has_cvt, int N_COLS, int N_ROWS>
-static __global__ void __launch_bounds__(32*N_WARPS) mul_vec(const dsv4_mul_args a) {
+static __global__ void __launch_bounds__(32*N_WARPS, N_COLS == 1 ? 8 : 4) mul_vec(const dsv4_mul_args a) {
     const int     lane = threadIdx.x % 32;
     const int     warp = threadIdx.x / 32;
     const int64_t row0 = (int64_t) blockIdx.x*N_ROWS;
@@ -116,8 +116,9 @@ static __global__ void __launch_bounds__(32*N_WARPS) mul_vec(const dsv4_mul_args
 
 template <typename W, bool has_cvt, int N_COLS>
 static void launch(const dsv4_mul_args & args, cudaStream_t stream) {
-    // Two rows share the activations that a lane has loaded. Four where several columns would be read twice as often.
-    constexpr int n_rows = N_COLS == 1 ? 2 : 4;
+    // Two rows share the activations that a lane has loaded. Four where several columns would be read twice as often, as
+    // far as registers reach.
+    constexpr int n_rows = N_COLS == 1 || W::UNIT > 4 ? 2 : 4;
     dim3 grid((uint32_t) ((args.n_rows + n_rows - 1)/n_rows), (uint32_t) args.ne2, (uint32_t) args.ne3);
     if (args.ids) {
         const int64_t n_slots = args.n_used*args.n_tokens;

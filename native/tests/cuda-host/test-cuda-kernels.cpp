@@ -18,6 +18,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <memory>
 #include <random>
 #include <string>
@@ -305,6 +306,9 @@ static void test_act_quant() {
     for (ggml_act_quant_format format : { GGML_ACT_QUANT_E4M3, GGML_ACT_QUANT_E2M1 }) {
         for (int64_t block : { 1, 7, 32, 64, 128 }) {
             for (int64_t n_channels : { 0, 1, 63, 64, 200, 211 }) {
+                if (block < 32 && n_channels % 100 != 0) {
+                    continue; // a warp for each block: slow here
+                }
                 graph g;
                 ggml_tensor * whole = g.make(F32, 230, 3, 4, 2);
                 for (int64_t i = 0; i < ggml_nelements(whole); i++) {
@@ -423,19 +427,19 @@ static void test_products() {
             if (cc == ADA && type != F8) {
                 continue;
             }
-            // few columns
-            for (int64_t n = 1; n <= 8; n++) {
+            // few columns; Ampere's are Turing's
+            for (int64_t n = 1; n <= 8 && cc != AMPERE; n++) {
                 for (int64_t m : { 1, 2, 3, 7 }) {
                     test_product(type, { ks[(n + m)%4], m, n, 1, 1, 1, 1 }, cc, (int) (n%3), (size_t) (m%4));
                 }
             }
             for (int64_t k : ks) {
-                test_product(type, { k, 5, 2, 2, 3, 2, 1 }, cc, 1, 1);
-                test_product(type, { k, 5, 1, 3, 1, 1, 2 }, cc, 2, 2);
+                test_product(type, { k, 3, 2, 2, 2, 2, 1 }, cc, 1, 1);
+                test_product(type, { k, 3, 1, 3, 1, 1, 2 }, cc, 2, 2);
             }
             // many; in tiles of 16 and of 64, full and not
             for (int64_t n : { 9, 16, 17, 65 }) {
-                test_product(type, { ks[n%4], n == 16 ? 130 : 33, n, 1, 1, 1, 1 }, cc, (int) (n%3), (size_t) (n%4));
+                test_product(type, { ks[n%4], n == 16 && cc != TURING ? 130 : 9, n, 1, 1, 1, 1 }, cc, (int) (n%3), (size_t) (n%4));
             }
             test_product(type, { ks[1], 3, 20, 2, 2, 2, 1 }, cc, 2, 3);
         }
@@ -629,9 +633,9 @@ static void test_products_id() {
             test_product_id(type, k, 3, 5, 2, 1, true,  cc);
             test_product_id(type, k, 4, 7, 6, 8, false, cc);
             test_product_id(type, k, 5, 3, 1, 9, true,  cc);
-            test_product_id(type, k, 9, 300, 6, 12, false, cc);
+            test_product_id(type, k, 3, 300, 6, 12, false, cc);
         }
-        test_product_id(type, k, 131, 2, 3, 30, false, AMPERE); // tiles of 64 columns
+        test_product_id(type, k, 131, 2, 3, 25, false, AMPERE); // tiles of 64 columns
         test_product_id(type, k, 3, 1, 1, 70, true, AMPERE);
         test_product_id(type, k, 1, 1024, 2, 10, true, AMPERE);
     }
@@ -677,21 +681,29 @@ static void test_rope() {
 }
 
 int main() {
-    test_machine();
-    test_all_codes();
-    test_cpy_strides();
-    test_get_rows();
-    test_quantize();
-    test_act_quant();
-    test_act_quant_scales();
-    test_products();
-    test_alone_and_together();
-    test_products_of_all_codes();
-    test_products_of_non_finite();
-    test_bf16_exact();
-    test_products_id();
-    test_declines();
-    test_rope();
+#define RUN(name)                                                                                       \
+    do {                                                                                                \
+        const clock_t start = clock();                                                                  \
+        test_##name();                                                                                  \
+        std::printf("%-24s %6.2f s of CPU\n", #name, (double) (clock() - start)/CLOCKS_PER_SEC);        \
+        std::fflush(stdout);                                                                            \
+    } while (0)
+    RUN(machine);
+    RUN(all_codes);
+    RUN(cpy_strides);
+    RUN(get_rows);
+    RUN(quantize);
+    RUN(act_quant);
+    RUN(act_quant_scales);
+    RUN(products);
+    RUN(alone_and_together);
+    RUN(products_of_all_codes);
+    RUN(products_of_non_finite);
+    RUN(bf16_exact);
+    RUN(products_id);
+    RUN(declines);
+    RUN(rope);
+#undef RUN
     std::printf("%lld CUDA threads were run\n", (long long) dsv4_host_n_threads());
     return check_result("test-cuda-kernels");
 }
