@@ -66,3 +66,9 @@ if (UNIX AND NOT APPLE)
     target_compile_options(test-cuda-kernels-asan PRIVATE -fsanitize=address,undefined -fno-sanitize-recover=all)
     target_link_options(test-cuda-kernels-asan PRIVATE -fsanitize=address,undefined)
 endif()
+
+# on a machine without the GPU it would pass without a test
+if (GGML_CUDA)
+    add_test(NAME test-backend-ops-cuda COMMAND test-backend-ops test -b CUDA0 -p "f8_e4m3|mxfp4|bf16|act_quant|SOFTPLUS|ROPE")
+    set_tests_properties(test-backend-ops-cuda PROPERTIES LABELS gpu SKIP_REGULAR_EXPRESSION "Testing 1 devices")
+endif()

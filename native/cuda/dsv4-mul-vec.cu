@@ -7,15 +7,16 @@
 #include "dsv4-mul-mat.cuh"
 #include "dsv4-weights.cuh"
 
-static constexpr int N_WARPS = 4;
+static constexpr int N_WARPS = 4; // 128 units at a time: dsv4_cursor counts on it
 
 template <int N_COLS, int N_ROWS>
 struct partial_sums {
     float of[N_WARPS][N_ROWS][N_COLS];
 };
 
-template <typename W, bool has_cvt, int N_COLS, int N_ROWS>
-static __global__ void __launch_bounds__(32*N_WARPS, N_COLS == 1 ? 8 : 4) mul_vec(const dsv4_mul_args a) {
+// is_aligned: of the activations, known beforehand; else a.x_is_aligned tells
+template <typename W, bool has_cvt, int N_COLS, int N_ROWS, bool is_aligned>
+static __global__ void __launch_bounds__(32*N_WARPS, N_COLS == 1 ? 6 : 4) mul_vec(const dsv4_mul_args a) {
     const int     lane = threadIdx.x % 32;
     const int     warp = threadIdx.x / 32;
     const int64_t row0 = (int64_t) blockIdx.x*N_ROWS;
@@ -43,38 +44,43 @@ static __global__ void __launch_bounds__(32*N_WARPS, N_COLS == 1 ? 8 : 4) mul_ve
         y  = a.y + i2*a.yb2 + i3*a.yb3;
     }
 
-    const uint8_t * rows[N_ROWS];
+    const int n_units = (int) (a.n/W::UNIT);
+    const int u0      = warp*32 + lane;
+
+    dsv4_cursor<W> rows[N_ROWS];
 #pragma unroll
     for (int r = 0; r < N_ROWS; r++) {
         // rows behind the last are computed again and dropped
-        rows[r] = w + (row0 + r < a.n_rows ? row0 + r : a.n_rows - 1)*a.wb1;
+        rows[r] = dsv4_cursor<W>::at(w + (row0 + r < a.n_rows ? row0 + r : a.n_rows - 1)*a.wb1, u0);
     }
+    x += W::k0(u0)*(int64_t) sizeof(float);
 
     float sum[N_ROWS][N_COLS] = {};
-    const int n_units = (int) (a.n/W::UNIT);
+    const int n_steps = (n_units - u0 + 32*N_WARPS - 1)/(32*N_WARPS); // of this lane
 
     [[maybe_unused]] constexpr int n_unroll = N_COLS > 4 ? 1 : N_COLS > 1 ? 2 : 4;
 #pragma unroll n_unroll
-    for (int u = warp*32 + lane; u < n_units; u += 32*N_WARPS) {
+    for (int i = 0; i < n_steps; i++) {
+        const int64_t offset = (int64_t) i*W::STEP;
         typename W::raw raw[N_ROWS];
         float scale[N_ROWS];
 #pragma unroll
         for (int r = 0; r < N_ROWS; r++) {
-            raw[r]   = W::load(rows[r], u);
-            scale[r] = W::scale(rows[r], u);
+            raw[r]   = rows[r].load(offset);
+            scale[r] = rows[r].scale(offset);
         }
         float weights[N_ROWS][W::UNIT];
 #pragma unroll
         for (int r = 0; r < N_ROWS; r++) {
             W::template decode<has_cvt>(raw[r], weights[r]);
         }
-        const int k0 = W::k0(u);
 #pragma unroll
         for (int c = 0; c < N_COLS; c++) {
+            const float * xc = (const float *) (x + c*a.xb1) + (int64_t) i*(32*N_WARPS*W::UNIT);
             float dot[N_ROWS] = {};
 #pragma unroll
             for (int part = 0; part < W::UNIT; part += 4) {
-                const float4 v = dsv4_load_f32x4((const float *) (x + c*a.xb1) + k0 + 4*part, a.x_is_aligned);
+                const float4 v = dsv4_load_f32x4(xc + 4*part, is_aligned || a.x_is_aligned);
 #pragma unroll
                 for (int r = 0; r < N_ROWS; r++) {
                     dot[r] = fmaf(weights[r][part + 0], v.x, dot[r]);
@@ -125,7 +131,11 @@ static void launch(const dsv4_mul_args & args, cudaStream_t stream) {
         grid.y = (uint32_t) (n_slots < 65535 ? n_slots : 65535);
         grid.z = (uint32_t) ((n_slots + grid.y - 1)/grid.y);
     }
-    dsv4_launch(mul_vec<W, has_cvt, N_COLS, n_rows>, grid, dim3(32*N_WARPS), stream, args);
+    if (N_COLS == 1 && args.x_is_aligned) { // the usual case of decoding without a branch
+        dsv4_launch(mul_vec<W, has_cvt, N_COLS, n_rows, N_COLS == 1>, grid, dim3(32*N_WARPS), stream, args);
+    } else {
+        dsv4_launch(mul_vec<W, has_cvt, N_COLS, n_rows, false>, grid, dim3(32*N_WARPS), stream, args);
+    }
 }
 
 template <typename W, bool has_cvt>

@@ -11,10 +11,8 @@
 
 // 2^(e-127), as dsv4_e8m0_to_f32
 static __device__ __forceinline__ float dsv4_cuda_e8m0(uint32_t e) {
-    uint32_t bits = e << 23;
-    bits = e == 0   ? 0x00400000u : bits;
-    bits = e == 255 ? 0x7FC00000u : bits;
-    return __uint_as_float(bits);
+    // 0, a subnormal, and 255, NaN, are the exponents' own bits with the first bit of the mantissa
+    return __uint_as_float(e << 23 | (e - 1 >= 254 ? 0x00400000u : 0));
 }
 
 // 4 codes, the first in the lowest byte. Without the instruction: sign and magnitude move to their place in a float32,
@@ -53,16 +51,23 @@ struct dsv4_weights_f8 {
     static constexpr int UNIT  = 4;   // weights of a unit
     static constexpr int GROUP = 128; // weights that share a scale, 0: none
     static constexpr int BYTES = 129; // of a group
+    static constexpr int STEP  = 516; // bytes from a unit to the 128th after it: whole words for every type
 
     struct raw { uint32_t codes; };
 
     static __device__ __forceinline__ int k0(int u) { return 4*u; }
 
+    static __device__ __forceinline__ const uint8_t * codes_at(const uint8_t * row, int u) {
+        return row + (int64_t) (u/32)*BYTES + 1 + u%32*4;
+    }
+    static __device__ __forceinline__ const uint8_t * scale_at(const uint8_t * row, int u) {
+        return row + (int64_t) (u/32)*BYTES;
+    }
     static __device__ __forceinline__ raw load(const uint8_t * row, int u) {
-        return { dsv4_load_u32(row + (int64_t) (u/32)*BYTES + 1 + u%32*4) };
+        return { dsv4_load_u32(codes_at(row, u)) };
     }
     static __device__ __forceinline__ float scale(const uint8_t * row, int u) {
-        return dsv4_cuda_e8m0(row[(int64_t) (u/32)*BYTES]);
+        return dsv4_cuda_e8m0(*scale_at(row, u));
     }
     template <bool has_cvt>
     static __device__ __forceinline__ void decode(raw r, float (&w)[UNIT]) {
@@ -74,16 +79,23 @@ struct dsv4_weights_mxfp4 {
     static constexpr int UNIT  = 8;
     static constexpr int GROUP = 32;
     static constexpr int BYTES = 17;
+    static constexpr int STEP  = 544;
 
     struct raw { uint32_t codes; };
 
     static __device__ __forceinline__ int k0(int u) { return u/4*32 + u%4*4; }
 
+    static __device__ __forceinline__ const uint8_t * codes_at(const uint8_t * row, int u) {
+        return row + (int64_t) (u/4)*BYTES + 1 + u%4*4;
+    }
+    static __device__ __forceinline__ const uint8_t * scale_at(const uint8_t * row, int u) {
+        return row + (int64_t) (u/4)*BYTES;
+    }
     static __device__ __forceinline__ raw load(const uint8_t * row, int u) {
-        return { dsv4_load_u32(row + (int64_t) (u/4)*BYTES + 1 + u%4*4) };
+        return { dsv4_load_u32(codes_at(row, u)) };
     }
     static __device__ __forceinline__ float scale(const uint8_t * row, int u) {
-        return dsv4_cuda_e8m0(row[(int64_t) (u/4)*BYTES]);
+        return dsv4_cuda_e8m0(*scale_at(row, u));
     }
     template <bool has_cvt>
     static __device__ __forceinline__ void decode(raw r, float (&w)[UNIT]) {
@@ -106,6 +118,7 @@ struct dsv4_weights_bf16 {
     static constexpr int UNIT  = 4;
     static constexpr int GROUP = 0;
     static constexpr int BYTES = 0;
+    static constexpr int STEP  = 1024;
 
     struct raw { uint2 pairs; };
 
@@ -123,5 +136,42 @@ struct dsv4_weights_bf16 {
         w[1] = __uint_as_float(r.pairs.x & 0xFFFF0000u);
         w[2] = __uint_as_float(r.pairs.y << 16);
         w[3] = __uint_as_float(r.pairs.y & 0xFFFF0000u);
+    }
+};
+
+// One lane's way along a row, 128 units at a time. Since a step is a multiple of 4 bytes, where the words lie and by how
+// much they are shifted is found once: an iteration loads with fixed offsets.
+template <typename W>
+struct dsv4_cursor {
+    const uint8_t * codes; // of the first unit, rounded down to a word
+    const uint8_t * scales;
+    uint32_t next;         // bytes to the word of the last code: 0 or 4
+    uint32_t shift;
+
+    static __device__ __forceinline__ dsv4_cursor at(const uint8_t * row, int u) {
+        const uint8_t * p   = W::codes_at(row, u);
+        const uint32_t  odd = (uint32_t) (uintptr_t) p & 3;
+        return { p - odd, W::scale_at(row, u), odd ? 4u : 0u, 8*odd };
+    }
+    __device__ __forceinline__ typename W::raw load(int64_t offset) const {
+        return { __funnelshift_r(*(const uint32_t *) (codes + offset), *(const uint32_t *) (codes + offset + next), shift) };
+    }
+    __device__ __forceinline__ float scale(int64_t offset) const {
+        return dsv4_cuda_e8m0(scales[offset]);
+    }
+};
+
+template <>
+struct dsv4_cursor<dsv4_weights_bf16> {
+    const uint8_t * pairs;
+
+    static __device__ __forceinline__ dsv4_cursor at(const uint8_t * row, int u) {
+        return { row + (int64_t) u*8 };
+    }
+    __device__ __forceinline__ dsv4_weights_bf16::raw load(int64_t offset) const {
+        return { *(const uint2 *) (pairs + offset) };
+    }
+    __device__ __forceinline__ float scale(int64_t) const {
+        return 1.0f;
     }
 };

@@ -97,7 +97,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Resource
 def test_every_kernel_is_seen(kernels: dict[str, list[Resources]]) -> None:
     for name, found in kernels.items():
         assert {r.architecture for r in found} == set(ARCHITECTURES), name
-    assert len(kernels["dsv4-mul-vec"]) == 2 * (4 * 8)  # weights (FP8 in two ways) x columns
+    assert len(kernels["dsv4-mul-vec"]) == 2 * 4 * 9  # weights (FP8 in two ways) x columns, one column twice
     assert len(kernels["dsv4-mul-mat"]) == 2 * (4 * 2 * 2 + 1)  # weights x widths x terms, and the sorting
 
 
@@ -107,13 +107,13 @@ def test_no_kernel_spills_or_uses_local_memory(kernels: dict[str, list[Resources
 
 
 def test_blocks_fit_as_docs_say(kernels: dict[str, list[Resources]]) -> None:
-    """docs/cuda.md: two blocks of 256 threads of the tiles share a multiprocessor, eight of 128 of the vector product
+    """docs/cuda.md: two blocks of 256 threads of the tiles share a multiprocessor, six of 128 of the vector product
     of one column (64 K registers; 48 KB of shared memory without asking for more)."""
     for r in kernels["dsv4-mul-mat"]:
         assert r.registers <= 128, r
         assert r.shared <= 48 * 1024, r
     for r in kernels["dsv4-mul-vec"]:
-        assert r.registers <= (64 if "Li1ELi2E" in r.kernel else 128), r
+        assert r.registers <= (80 if "Li1ELi2E" in r.kernel else 128), r
 
 
 def test_what_the_patches_touch_compiles(tmp_path: Path) -> None:
