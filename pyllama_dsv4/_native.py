@@ -6,11 +6,8 @@ objects (model, context, sampler, tokenizer) import ``ffi`` and ``lib`` from her
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
 import logging
 import os
-import re
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -19,42 +16,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from . import errors
+from . import _cublas, errors
 
 
-def _load_pip_cublas(error: ImportError) -> None:
-    """Load the cuBLAS that a CUDA build misses from pip's ``nvidia-cublas``, where the dynamic linker does not look.
-
-    Raises:
-        ImportError: It is not installed.
-    """
-    match = re.search(r"libcublas(?:Lt)?\.so\.(\d+)", str(error))
-    if match is None:
-        raise error
-    major = match[1]
-    spec = importlib.util.find_spec("nvidia")
-    for root in (spec.submodule_search_locations or []) if spec else []:
-        folder = Path(root) / f"cu{major}" / "lib"
-        if (folder / f"libcublas.so.{major}").exists():
-            for name in ("libcublasLt", "libcublas"):  # the second needs the first
-                ctypes.CDLL(str(folder / f"{name}.so.{major}"), mode=ctypes.RTLD_GLOBAL)
-            return
-    raise ImportError(
-        f"this build of pyllama-dsv4 is for CUDA {major} and needs cuBLAS, which was not found ({error}); install it: "
-        f"pip install 'nvidia-cublas=={major}.*'"
-    ) from error
-
-
-try:
-    try:
-        from ._llama import ffi, lib
-    except ImportError as first:
-        _load_pip_cublas(first)
-        from ._llama import ffi, lib
-except ImportError as error:
-    if "cuBLAS" in str(error):
-        raise
-    if (Path(__file__).parent.parent / "pyproject.toml").exists():
+def _is_missing(module: str, error: ImportError) -> ImportError:
+    if "libcublas" in str(error):
+        advice = f"It was built for NVIDIA GPUs and needs cuBLAS: {_cublas.advice(error)}"
+    elif (Path(__file__).parent.parent / "pyproject.toml").exists():
         advice = (
             "Python found the source folder instead of an installed package: run `pip install .` here and start "
             "Python elsewhere, use .venv/bin/pyllama-dsv4 after `make chat`, or install with `pip install -e .`"
@@ -63,7 +31,31 @@ except ImportError as error:
         advice = (
             "It is built by pip: run `pip install .` in the source folder, or install a wheel for this Python"
         )
-    raise ImportError(f"the native module of pyllama-dsv4 could not be loaded ({error}). {advice}") from error
+    return ImportError(f"the {module} module of pyllama-dsv4 could not be loaded ({error}). {advice}")
+
+
+try:
+    from ._codec import cpu_features, missing_cpu_features
+except ImportError as error:
+    raise _is_missing("codec", error) from error
+
+if missing_cpu_features():  # an instruction that a CPU lacks would end the process
+    raise errors.UnsupportedCpuError(
+        "the native module of pyllama-dsv4 cannot run on this CPU",
+        found=f"a CPU without {', '.join(missing_cpu_features())}",
+        expected=f"one with {cpu_features.replace(' ', ', ')}, which it was built for",
+        hint="Build it here (`pip install .` in the source folder), which takes what this CPU has",
+    )
+
+try:
+    try:
+        from ._llama import ffi, lib
+    except ImportError as first:
+        if not _cublas.load_for(first):
+            raise
+        from ._llama import ffi, lib
+except ImportError as error:
+    raise _is_missing("native", error) from error
 
 __all__ = [
     "build_info",

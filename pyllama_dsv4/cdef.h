@@ -400,6 +400,8 @@ void pyl_sampler_accept(struct pyl_sampler *sampler, int32_t token);
 int32_t pyl_sampler_sample(struct pyl_sampler *sampler, const float *logits);
 int32_t pyl_grammar_of_schema(const char *schema, char **grammar);
 int32_t pyl_logprobs(const float *logits, int32_t n_vocab, int32_t token, int32_t n_top, float *logprob, int32_t *top_ids, float *top_logprobs);
+void pyl_paging_set(bool is_on);
+void pyl_paging_counts(int64_t *n_bytes, int64_t *n_bytes_missing);
 enum pyl_act_quant_format
 {
   PYL_ACT_QUANT_E4M3 = ...,

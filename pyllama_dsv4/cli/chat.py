@@ -456,6 +456,7 @@ class _Chat:
                 ),
                 ("memory", "unknown" if memory is None else f"{memory / 1e9:.2f} GB resident"),
                 ("read ahead", self._read_ahead()),
+                ("experts", self._experts()),
                 ("thinking", f"{'on' if settings.is_thinking else 'off'}, effort {settings.effort or 'off'}"),
                 ("sampling", sampling),
                 ("system", settings.system or "none"),
@@ -467,6 +468,12 @@ class _Chat:
         if warmup is None:
             return "no"
         return self.warmup_text() or f"{warmup.n_bytes / 1e9:.2f} GB of the file"
+
+    def _experts(self) -> str:
+        counts = self.llm.paging
+        if not counts.n_bytes:
+            return "mapped"
+        return f"announced to the system; {counts.hit_rate:.0%} were in memory"
 
 
 class _Shown:
