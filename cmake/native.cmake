@@ -16,7 +16,7 @@ target_sources(ggml-cpu PRIVATE ${_ggml_cpu_sources})
 target_include_directories(ggml-cpu PUBLIC ${PYLLAMA_DSV4_NATIVE}/ggml/cpu)
 
 if (GGML_CUDA)
-    dsv4_attach_cuda()
+    include(cmake/cuda-kernels.cmake)
 endif()
 
 if (_llama_sources)
