@@ -134,6 +134,9 @@ static __device__ __forceinline__ float take_term(float & x) {
 
 template <typename W, bool has_cvt, int BN, int N_TERMS>
 static __global__ void __launch_bounds__(N_THREADS) mul_mat(const dsv4_mul_args a, void * work) {
+    if (!DSV4_HAS_BF16_MMA) {
+        return; // never launched there
+    }
     using tiles_t = tiles<BN, N_TERMS>;
     DSV4_SHARED(tiles_t, s);
 

@@ -58,7 +58,7 @@ static __global__ void __launch_bounds__(32*N_WARPS, N_COLS == 1 ? 6 : 4) mul_ve
     float sum[N_ROWS][N_COLS] = {};
     const int n_steps = (n_units - u0 + 32*N_WARPS - 1)/(32*N_WARPS); // of this lane
 
-    [[maybe_unused]] constexpr int n_unroll = N_COLS > 4 ? 1 : N_COLS > 1 ? 2 : 4;
+    [[maybe_unused]] constexpr int n_unroll = N_COLS > 1 ? 1 : 4; // registers
 #pragma unroll n_unroll
     for (int i = 0; i < n_steps; i++) {
         const int64_t offset = (int64_t) i*W::STEP;

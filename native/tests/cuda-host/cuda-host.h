@@ -105,6 +105,8 @@ static inline float dsv4_shfl_xor(float x, int lane_mask) {
 
 // --- instructions, by their description in PTX ---
 
+#define DSV4_HAS_BF16_MMA 1
+
 uint16_t dsv4_f32_to_f16(float x);
 void     dsv4_cvt_e4m3x2(uint32_t codes, float & x0, float & x1);
 void     dsv4_mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
