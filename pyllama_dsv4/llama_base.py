@@ -101,7 +101,7 @@ class LlamaBase:
                 FP8 and FP4 products). Other models ignore it.
             seed: Of all sampling that gives none itself; None draws one per generation. Equal seeds give equal text on
                 the same build, threads and batch sizes.
-            chat_template: Jinja text instead of the file's chat template.
+            chat_template: Jinja text instead of the file's chat template, or ``"preview"`` or ``"0731"`` for V4's own.
             progress: Called with a ``Progress`` during the load (in this thread or a helper's) and the warm-up (from
                 the warm-up's thread); returning False cancels the load or stops the warm-up.
             prefix_cache: Folder in which evaluated prompts are kept for this and other processes; None keeps them in
