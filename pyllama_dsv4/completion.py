@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, overload
 
@@ -11,7 +12,7 @@ from . import responses
 from ._native import lib
 from .batch import generate_batch
 from .context import Context
-from .errors import ArgumentError
+from .errors import ArgumentError, ClosedError, ThreadError
 from .generate import GenerationOptions, Piece, Request, stream
 from .llama_base import LlamaBase
 from .logprobs import TokenLogprobs, completion_logprobs
@@ -84,6 +85,7 @@ class Completions(LlamaBase):
         with self._turns.take(watch):
             stats = Stats(len(ids))
             sampler: Sampler | None = None
+            steps: Iterator[Piece] | None = None
             try:
                 with self._use():
                     # before the prompt is evaluated: a grammar that cannot be read is told at once
@@ -92,7 +94,7 @@ class Completions(LlamaBase):
                     stats.n_tokens_cached = self._session.prefill(ids, watch=watch)
                     stats.prefill_s = time.monotonic() - start_s
                     self.stats = stats
-                    steps = stream(self._context, self._session, self._tokenizer, sampler, request)
+                    steps = stream(self._context, self._session, self._tokenizer, sampler, request, stats)
                 while last is None:
                     start_s = time.monotonic()
                     with self._use():
@@ -104,6 +106,9 @@ class Completions(LlamaBase):
                         stats.n_tokens_generated += 1
                         yield piece
             finally:
+                if isinstance(steps, Generator):
+                    with suppress(ClosedError, ThreadError), self._use():
+                        steps.close()  # drops what a draft model proposed
                 if sampler is not None:
                     sampler.close()
         # the turn is over: whoever reads the last piece may take his time

@@ -21,7 +21,8 @@ import numpy.typing as npt
 from ._native import build_info, lib, logger, series_digest
 from .chat_engine import ChatEngine
 from .context import Context
-from .errors import ArgumentError, ClosedError, ContextFullError, ThreadError
+from .draft import N_DRAFT_DEFAULT, Draft, check_n_draft
+from .errors import ArgumentError, ClosedError, ContextFullError, ThreadError, UnsupportedModelError
 from .header import HeaderReport
 from .machine import working_set_bytes
 from .model import Model, check_model
@@ -75,6 +76,8 @@ class LlamaBase:
         seed: int | None = None,
         chat_template: str | None = None,
         progress: Callable[[Progress], bool | None] | None = None,
+        draft_model: str | os.PathLike[str] | None = None,
+        n_draft: int = N_DRAFT_DEFAULT,
         prefix_cache: str | os.PathLike[str] | None = None,
         prefix_cache_bytes: int = BYTES_MAX,
         warmup: bool = True,
@@ -104,6 +107,9 @@ class LlamaBase:
             chat_template: Jinja text instead of the file's chat template, or ``"preview"`` or ``"0731"`` for V4's own.
             progress: Called with a ``Progress`` during the load (in this thread or a helper's) and the warm-up (from
                 the warm-up's thread); returning False cancels the load or stops the warm-up.
+            draft_model: A file of ``convert --draft``, which proposes tokens: the model evaluates several at once and
+                keeps those that it chooses itself, so the text is the one without. ``stats.acceptance_rate`` counts.
+            n_draft: Tokens in a proposal at most.
             prefix_cache: Folder in which evaluated prompts are kept for this and other processes; None keeps them in
                 memory only. Belongs to the model, the build and the settings that a cache depends on.
             prefix_cache_bytes: Size of that folder at most; what was used longest ago is removed.
@@ -135,11 +141,15 @@ class LlamaBase:
         self._sampler: Sampler | None = None
         self._is_closed = False
         self._chat_template = chat_template
+        self._draft: Draft | None = None
+        self._n_rollback = 0 if draft_model is None else n_draft
         self._cache_type = cache_type
         self._act_quant = act_quant
         self._seed = SamplingParams(seed=seed).seed  # checked there
         self.stats = Stats()
 
+        if draft_model is not None:
+            check_n_draft(n_draft, min(n_ubatch, n_batch, n_ctx))
         self._report: HeaderReport = check_model(model_path)
         self.plan: Plan = plan_model(
             self._report,
@@ -171,10 +181,19 @@ class LlamaBase:
                 "act_quant": act_quant,
                 "flash_attn": flash_attn,
             }
-            self._context = Context(self._model, **self._context_options)
+            self._context = Context(self._model, **self._context_options, n_rollback=self._n_rollback)
         except BaseException:
             self._model.close()
             raise
+        if draft_model is not None:
+            try:
+                self._open_draft(
+                    draft_model, n_draft, n_gpu_layers=n_gpu_layers, use_mmap=use_mmap, use_mlock=use_mlock
+                )
+            except BaseException:
+                self._context.close()
+                self._model.close()
+                raise
         self._tokenizer = Tokenizer(self._model)
         try:
             disk = (
@@ -183,8 +202,9 @@ class LlamaBase:
                 else PrefixCache(prefix_cache, self._state_identity(), prefix_cache_bytes)
             )
         except BaseException:
-            self._context.close()
-            self._model.close()
+            for owner in (self._draft, self._context, self._model):
+                if owner is not None:
+                    owner.close()
             raise
         self._session = Session(self._context, disk)
         self._sampling_defaults = _sampling_defaults(self._report.header.metadata)
@@ -193,6 +213,17 @@ class LlamaBase:
         if use_mmap and warmup and not use_mlock:
             self._warmup = Warmup(_warm_ranges(self._report), progress)
             self._warmup.start()
+
+    def _open_draft(self, path: str | os.PathLike[str], n_draft: int, **model_options: Any) -> None:
+        if self._report.header.architecture != "deepseek4":
+            raise UnsupportedModelError(
+                "opening a draft model",
+                path=path,
+                found=f"a model of '{self._report.header.architecture}'",
+                expected="one of deepseek4 to draft for",
+            )
+        self._draft = Draft(path, self._context, n_draft, self._context_options, model_options)
+        self._context.draft = self._draft
 
     # --- lifetime ---
 
@@ -204,7 +235,7 @@ class LlamaBase:
             self._is_closed = True
             if self._warmup is not None:
                 self._warmup.stop()
-            for owner in (self._engine, self._sampler, self._context, self._model):
+            for owner in (self._engine, self._sampler, self._draft, self._context, self._model):
                 if owner is not None:
                     owner.close()
 
@@ -266,13 +297,16 @@ class LlamaBase:
         return self._report.header.metadata
 
     def _state_identity(self) -> dict[str, str]:
-        return {
+        identity = {
             "model": self.fingerprint,
             "engine": build_info()["llama.cpp"],
             "patches": series_digest(),
             "cache type": self._cache_type,
             "act_quant": self._act_quant,
         }
+        if self._n_rollback:
+            identity["n_draft"] = str(self._n_rollback)  # copies of V4's states
+        return identity
 
     @cached_property
     def system_fingerprint(self) -> str:

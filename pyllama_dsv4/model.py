@@ -46,6 +46,7 @@ class Model:
         use_mlock: Keep the pages in memory.
         use_extra_bufts: Let the CPU backend repack weights into new memory. Never for DeepSeek-V4: the repacked
             copy would be as large as the file.
+        load_mtp: Load prediction blocks as well: the file is a draft model.
         on_progress: Called with the fraction 0..1 about every 50 ms; returning False cancels the load.
 
     Raises:
@@ -62,6 +63,7 @@ class Model:
         use_mmap: bool = True,
         use_mlock: bool = False,
         use_extra_bufts: bool = False,
+        load_mtp: bool = False,
         on_progress: Callable[[float], bool] | None = None,
     ) -> None:
         self.path = Path(path)
@@ -69,6 +71,7 @@ class Model:
         params.n_gpu_layers = n_gpu_layers
         params.load_mode = _load_mode(use_mmap, use_mlock)
         params.use_extra_bufts = use_extra_bufts
+        params.load_mtp = load_mtp
         monitor = ffi.new("struct pyl_monitor *")
         c_path = ffi.new("char[]", encode_path(path))
 

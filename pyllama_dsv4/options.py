@@ -20,7 +20,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 REPLACEMENTS: Mapping[str, str] = {
     "chat_format": "`chat_template`; V4's format is chosen by itself",
     "chat_handler": "`chat_template`; V4's format is chosen by itself",
-    "draft_model": "nothing: speculative decoding is not offered yet",
     "embedding": "nothing: embeddings are not offered yet",
     "f16_kv": '`cache_type="f16"`',
     "function_call": "`tool_choice`",

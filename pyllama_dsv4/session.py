@@ -87,6 +87,21 @@ class Session:
         self._ids.extend(int(i) for i in ids)
         return rows
 
+    def propose(self, token: int, n_max: int) -> list[int]:
+        """Return what a draft model lets follow `token`; see ``Context.propose``."""
+        return self._context.propose(token, n_max)
+
+    def settle(self, n_accepted: int, n_rejected: int, logits: npt.NDArray[np.float32]) -> None:
+        """Drop the rejected end of a proposal; see ``Context.settle``."""
+        self.version += 1
+        if n_rejected:
+            del self._ids[-n_rejected:]
+        try:
+            self._context.settle(n_accepted, n_rejected, logits)
+        except BaseException:
+            self._ids = []
+            raise
+
     def prefill(self, ids: Sequence[int], *, watch: Watch | None = None) -> int:
         """Make the cache hold exactly `ids`, evaluating as little as possible.
 
