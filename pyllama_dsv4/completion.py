@@ -8,16 +8,21 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, overload
 
+import numpy as np
+import numpy.typing as npt
+
 from . import responses
 from ._native import lib
 from .batch import generate_batch
 from .context import Context
+from .embeddings import embed
 from .errors import ArgumentError, ClosedError, ThreadError
 from .generate import GenerationOptions, Piece, Request, stream
 from .llama_base import LlamaBase
 from .logprobs import TokenLogprobs, completion_logprobs
 from .sampler import Sampler, SamplingParams
 from .stats import Stats
+from .watch import Watch
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -301,6 +306,7 @@ class Completions(LlamaBase):
                 },
             )
             try:
+                context.set_loras(list(self._loras.items()))
                 results = generate_batch(
                     context,
                     self._tokenizer,
@@ -315,6 +321,65 @@ class Completions(LlamaBase):
             responses.completion(head, 0, r.text, r.finish, responses.usage(len(ids), r.n_tokens))
             for ids, r in zip(all_ids, results, strict=True)
         ]
+
+    @overload
+    def embed(  # type: ignore[overload-overlap]  # text is a sequence of texts
+        self, input: str, *, normalize: bool = ...
+    ) -> npt.NDArray[np.float32]: ...
+    @overload
+    def embed(
+        self, input: Sequence[str | Sequence[int]], *, normalize: bool = ...
+    ) -> list[npt.NDArray[np.float32]]: ...
+
+    def embed(
+        self, input: str | Sequence[str | Sequence[int]], *, normalize: bool = False
+    ) -> npt.NDArray[np.float32] | list[npt.NDArray[np.float32]]:
+        """Return the embedding of a text, or those of several.
+
+        Needs ``Llama(embedding=True)``. Uses a cache of its own for each text and leaves this object's alone.
+
+        Args:
+            input: Text, or a list of texts or of lists of token ids.
+            normalize: Make vectors of length 1.
+
+        Returns:
+            ``(n_embd,) float32`` for a text, ``(n_tokens, n_embd)`` with ``pooling_type="none"``; a list of them for a
+            list.
+
+        Raises:
+            ArgumentError: Opened without `embedding`, or an empty text.
+            ContextFullError: A text is longer than the context.
+        """
+        if not self._is_embedding:
+            raise ArgumentError(
+                "embedding", key="embedding", found="False", expected="Llama(..., embedding=True)"
+            )
+        with self._use():
+            all_ids = [self._prompt_ids(text) for text in ([input] if isinstance(input, str) else input)]
+        rows = []
+        for ids in all_ids:
+            self._check_fits(len(ids))
+            with self._turns.take(), self._use():
+                rows.append(
+                    embed(
+                        self._model,
+                        self._context_options,
+                        ids,
+                        pooling=self._pooling,
+                        is_normalized=normalize,
+                        loras=list(self._loras.items()),
+                        watch=Watch(),
+                    )
+                )
+        return rows[0] if isinstance(input, str) else rows
+
+    def create_embedding(self, input: str | Sequence[str | Sequence[int]]) -> responses.Embeddings:
+        """Return embeddings in OpenAI's shape, normalised; arguments and errors as ``embed``."""
+        texts: list[str | Sequence[int]] = [input] if isinstance(input, str) else list(input)
+        rows = self.embed(texts, normalize=True)
+        with self._use():
+            n_tokens = sum(len(self._prompt_ids(text)) for text in texts)
+        return responses.embeddings(self._model.path.name, [row.tolist() for row in rows], n_tokens)
 
 
 def check_n(n: int) -> None:

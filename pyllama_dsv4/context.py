@@ -24,8 +24,9 @@ from .watch import Watch
 
 if TYPE_CHECKING:
     from .draft import Draft
+    from .lora import LoraAdapter
 
-__all__ = ["ACT_QUANT_LEVELS", "CACHE_TYPES", "FLASH_ATTN", "Context"]
+__all__ = ["ACT_QUANT_LEVELS", "CACHE_TYPES", "FLASH_ATTN", "POOLING", "Context"]
 
 SHORT_S = 0.1  # a call that takes less need not be interruptible
 
@@ -45,6 +46,12 @@ FLASH_ATTN = {
     "on": lib.LLAMA_FLASH_ATTN_TYPE_ENABLED,
     "off": lib.LLAMA_FLASH_ATTN_TYPE_DISABLED,
 }
+POOLING = {
+    "none": lib.LLAMA_POOLING_TYPE_NONE,
+    "mean": lib.LLAMA_POOLING_TYPE_MEAN,
+    "cls": lib.LLAMA_POOLING_TYPE_CLS,
+    "last": lib.LLAMA_POOLING_TYPE_LAST,
+}
 
 
 class Context:
@@ -61,6 +68,7 @@ class Context:
         flash_attn: Key of ``FLASH_ATTN``.
         n_seq_max: Sequences, numbered from 0; each holds up to `n_ctx` tokens.
         n_rollback: Tokens that can be dropped again after their evaluation; costs V4 as many copies of its states.
+        pooling: Compute embeddings, pooled by this key of ``POOLING``, or as the ``"file"`` says; None computes none.
         target: The context that this one drafts for.
         is_mtp: Of a draft model: it is a prediction block.
 
@@ -83,6 +91,7 @@ class Context:
         flash_attn: str = "auto",
         n_seq_max: int = 1,
         n_rollback: int = 0,
+        pooling: str | None = None,
         target: Context | None = None,
         is_mtp: bool = False,
     ) -> None:
@@ -126,6 +135,9 @@ class Context:
         params.flash_attn_type = FLASH_ATTN[flash_attn]
         params.no_perf = True
         params.n_rs_seq = n_rollback
+        if pooling is not None:
+            params.embeddings = True
+            params.pooling_type = POOLING.get(pooling, lib.LLAMA_POOLING_TYPE_UNSPECIFIED)
         if is_mtp:
             params.ctx_type = lib.LLAMA_CONTEXT_TYPE_MTP
         if target is not None:
@@ -185,6 +197,12 @@ class Context:
     def set_n_threads(self, n_threads: int) -> None:
         """Use this many threads for prefill and decode from now on."""
         lib.llama_set_n_threads(self.pointer, n_threads, n_threads)
+
+    def set_loras(self, loras: Sequence[tuple[LoraAdapter, float]]) -> None:
+        """Apply these adapters, each with a scale, from now on; what is in the cache was computed with others."""
+        adapters = ffi.new("struct llama_adapter_lora *[]", [adapter.pointer for adapter, _ in loras])
+        scales = ffi.new("float[]", [scale for _, scale in loras])
+        lib.llama_set_adapters_lora(self.pointer, adapters, len(loras), scales)
 
     def clear(self) -> None:
         """Forget all tokens of all sequences."""
