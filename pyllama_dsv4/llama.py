@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .chat_completion import ChatCompletions
 from .hub import download
+from .llama_base import LlamaBase
 from .options import keyword_names, refuse_unknown
 from .sampler import SamplingOptions
 from .state import State, read_state, write_state
@@ -63,8 +64,9 @@ class Llama(ChatCompletions):
             ModelFileError: It cannot be fetched.
             CancelledError: `progress` returned False.
         """
-        known = keyword_names(cls.__init__)
-        refuse_unknown("from_pretrained", [name for name in options if name not in known], known)
+        if cls.__init__ is LlamaBase.__init__:  # before a long download
+            known = keyword_names(cls.__init__)
+            refuse_unknown("from_pretrained", [name for name in options if name not in known], known)
         progress = options.get("progress")
         path = download(
             repo_id,
