@@ -6,7 +6,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from .errors import ArgumentError, ClosedError, ThreadError
 from .generate import GenerationOptions, Piece, Request, stream
 from .llama_base import LlamaBase
 from .logprobs import TokenLogprobs, completion_logprobs
+from .plan import plan_model
 from .sampler import Sampler, SamplingParams
 from .stats import Stats
 from .watch import Watch
@@ -296,14 +297,19 @@ class Completions(LlamaBase):
         if not all_ids:
             return []
         room = self.n_ctx if max_tokens is None else max(map(len, all_ids)) + max_tokens
+        sizes: dict[str, Any] = {"n_ctx": min(self.n_ctx, room), "n_seq": min(n_parallel, len(all_ids))}
+        plan_model(
+            self._report,
+            **{
+                name: self._context_options[name]
+                for name in ("n_batch", "n_ubatch", "cache_type", "act_quant")
+            },
+            **sizes,
+        ).check()
         with self._turns.take(request.watch), self._use():
             context = Context(
                 self._model,
-                **{
-                    **self._context_options,
-                    "n_ctx": min(self.n_ctx, room),
-                    "n_seq_max": min(n_parallel, len(all_ids)),
-                },
+                **{**self._context_options, "n_ctx": sizes["n_ctx"], "n_seq_max": sizes["n_seq"]},
             )
             try:
                 context.set_loras(list(self._loras.items()))

@@ -288,6 +288,7 @@ def plan_model(
     report: HeaderReport,
     *,
     n_ctx: int = N_CTX_DEFAULT,
+    n_seq: int = 1,
     n_batch: int | None = None,
     n_ubatch: int = N_UBATCH_DEFAULT,
     cache_type: str = "f16",
@@ -306,6 +307,7 @@ def plan_model(
     Args:
         report: The checked header.
         n_ctx: Tokens of context.
+        n_seq: Sequences that are in the cache at once, each of `n_ctx` tokens.
         n_batch: Tokens per call at most; None takes `n_ubatch`.
         n_ubatch: Tokens evaluated at once.
         cache_type: Key of ``CACHE_BYTES``.
@@ -328,7 +330,7 @@ def plan_model(
         raise _bad_argument("cache_type", repr(cache_type), ", ".join(CACHE_BYTES))
     if act_quant not in ("none", "cache", "full"):
         raise _bad_argument("act_quant", repr(act_quant), "none, cache, full")
-    for name, value in (("n_ctx", n_ctx), ("n_batch", n_batch), ("n_ubatch", n_ubatch)):
+    for name, value in (("n_ctx", n_ctx), ("n_seq", n_seq), ("n_batch", n_batch), ("n_ubatch", n_ubatch)):
         if value is not None and not 1 <= value < 2**31:
             raise _bad_argument(name, value, "a number from 1 to 2^31-1")
     for name, rate in (
@@ -339,7 +341,7 @@ def plan_model(
         if rate is not None and not rate > 0:
             raise _bad_argument(name, rate, "more than 0 bytes per second")
     batch = min(n_ubatch, n_batch or n_ubatch, n_ctx)
-    sizes = _Sizes.of(report, n_ctx, batch, cache_type, act_quant)
+    sizes = _Sizes.of(report, n_ctx, batch, cache_type, act_quant, n_seq)
     layout = _Layout(
         sizes,
         gpu_bytes=tuple(gpu_bytes),
@@ -404,7 +406,9 @@ class _Sizes:
     token_input: int
 
     @classmethod
-    def of(cls, report: HeaderReport, n_ctx: int, batch: int, cache_type: str, act_quant: str) -> _Sizes:
+    def of(
+        cls, report: HeaderReport, n_ctx: int, batch: int, cache_type: str, act_quant: str, n_seq: int
+    ) -> _Sizes:
         header, hp = report.header, report.hparams
         n_cells = padded(n_ctx, _CELLS)
         if hp is not None:
@@ -417,6 +421,7 @@ class _Sizes:
             caches = [other.cache(il, n_cells, CACHE_BYTES[cache_type]) for il in range(other.n_layer)]
             compute = other.compute(batch, n_cells)
             n_used, n_expert = other.n_expert_used, other.n_expert
+        caches = [(n_seq * cache, token) for cache, token in caches]
         return cls._sum(header, caches, compute, n_used, n_expert)
 
     @classmethod

@@ -34,13 +34,19 @@ class Reservation:
         assert self._model != ffi.NULL, drain_log()
 
     def memory(
-        self, *, n_ctx: int, n_ubatch: int = 512, cache_type: str = "f16", act_quant: str = "none"
+        self,
+        *,
+        n_ctx: int,
+        n_ubatch: int = 512,
+        cache_type: str = "f16",
+        act_quant: str = "none",
+        n_seq: int = 1,
     ) -> tuple[int, int, int]:
         """Return bytes of weights, caches and compute buffer."""
         params = lib.llama_context_default_params()
-        params.n_ctx = n_ctx
+        params.n_ctx = n_ctx * n_seq
         params.n_batch = params.n_ubatch = min(n_ubatch, n_ctx)
-        params.n_seq_max = 1
+        params.n_seq_max = n_seq
         params.type_k = params.type_v = CACHE_TYPES[cache_type]
         params.swa_full = False
         if LEVELS[act_quant] is not None:
@@ -85,6 +91,14 @@ def test_predicted_memory_is_what_the_engine_reserves(
     assert host.cache == pytest.approx(cache, rel=TOLERANCE)
     assert host.compute == pytest.approx(compute, rel=TOLERANCE)
     assert host.weights == pytest.approx(weights, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("model", ["tiny", "flash"])
+@pytest.mark.parametrize("n_seq", [2, 8])
+def test_caches_of_several_sequences(reservations: dict[str, Reservation], model: str, n_seq: int) -> None:
+    reserved = reservations[model]
+    _, cache, _ = reserved.memory(n_ctx=8192, n_seq=n_seq)
+    assert plan_file(reserved.path, n_ctx=8192, n_seq=n_seq).host.cache == pytest.approx(cache, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("n_ubatch", [1, 7, 64, 128, 1024, 2048])
