@@ -274,6 +274,9 @@ class Context:
         return rows
 
     def _check_ids(self, ids: Sequence[int]) -> npt.NDArray[np.int32]:
+        # the loop over tokens comes here for every one of them
+        if type(ids) is list and len(ids) == 1 and type(ids[0]) is int and 0 <= ids[0] < self.n_vocab:
+            return np.array(ids, np.int32)
         try:
             wide = np.asarray(ids, dtype=np.int64)
         except (TypeError, ValueError, OverflowError) as error:
