@@ -39,6 +39,7 @@ execute_process(COMMAND ${Python_EXECUTABLE} -m pybind11 --cmakedir
 find_package(pybind11 CONFIG REQUIRED PATHS ${_pybind11_dir} NO_DEFAULT_PATH)
 pybind11_add_module(_codec MODULE ${PYLLAMA_DSV4_NATIVE}/codec/module.cpp)
 target_include_directories(_codec PRIVATE ${PYLLAMA_DSV4_NATIVE}/codec)
+target_compile_definitions(_codec PRIVATE PYLLAMA_DSV4_CPU_FEATURES="${PYLLAMA_DSV4_CPU_FEATURES}")
 find_package(Threads REQUIRED)
 target_link_libraries(_codec PRIVATE Threads::Threads)
 

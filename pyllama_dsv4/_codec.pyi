@@ -184,3 +184,9 @@ def mxfp4_unpack(blocks: _U8, *, n_threads: int = 0) -> tuple[_U8, _U8]:
 
 def mxfp4_check(blocks: _U8, *, n_threads: int = 0) -> BlockStats:
     """Count suspicious bytes in rows of blocks, (..., n/32*17) uint8."""
+
+cpu_features: str
+"""Instruction sets that the engine's module was built for, separated by spaces."""
+
+def missing_cpu_features() -> tuple[str, ...]:
+    """Return those of `cpu_features` that this CPU lacks: loading the engine would end the process."""

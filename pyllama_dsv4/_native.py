@@ -18,9 +18,8 @@ from typing import Any, NoReturn, TypeVar
 
 from . import errors
 
-try:
-    from ._llama import ffi, lib
-except ImportError as error:
+
+def _is_missing(module: str, error: ImportError) -> ImportError:
     if (Path(__file__).parent.parent / "pyproject.toml").exists():
         advice = (
             "Python found the source folder instead of an installed package: run `pip install .` here and start "
@@ -30,7 +29,26 @@ except ImportError as error:
         advice = (
             "It is built by pip: run `pip install .` in the source folder, or install a wheel for this Python"
         )
-    raise ImportError(f"the native module of pyllama-dsv4 could not be loaded ({error}). {advice}") from error
+    return ImportError(f"the {module} module of pyllama-dsv4 could not be loaded ({error}). {advice}")
+
+
+try:
+    from ._codec import cpu_features, missing_cpu_features
+except ImportError as error:
+    raise _is_missing("codec", error) from error
+
+if missing_cpu_features():  # an instruction that a CPU lacks would end the process
+    raise errors.UnsupportedCpuError(
+        "the native module of pyllama-dsv4 cannot run on this CPU",
+        found=f"a CPU without {', '.join(missing_cpu_features())}",
+        expected=f"one with {cpu_features.replace(' ', ', ')}, which it was built for",
+        hint="Build it here (`pip install .` in the source folder), which takes what this CPU has",
+    )
+
+try:
+    from ._llama import ffi, lib
+except ImportError as error:
+    raise _is_missing("native", error) from error
 
 __all__ = [
     "build_info",

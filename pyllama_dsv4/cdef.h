@@ -66,7 +66,11 @@ enum ggml_log_level
   GGML_LOG_LEVEL_CONT = ...
 };
 typedef bool (*ggml_abort_callback)(void *data);
+extern size_t ggml_nbytes(const struct ggml_tensor *tensor);
+extern const char *ggml_get_name(const struct ggml_tensor *tensor);
 typedef struct ggml_backend_device *ggml_backend_dev_t;
+extern void ggml_backend_tensor_set(struct ggml_tensor *tensor, const void *data, size_t offset, size_t size);
+extern void ggml_backend_tensor_get(const struct ggml_tensor *tensor, void *data, size_t offset, size_t size);
 typedef bool (*ggml_backend_sched_eval_callback)(struct ggml_tensor *t, bool ask, void *user_data);
 typedef struct llama_memory_i *llama_memory_t;
 typedef int32_t llama_pos;
@@ -420,6 +424,8 @@ void pyl_sampler_accept(struct pyl_sampler *sampler, int32_t token);
 int32_t pyl_sampler_sample(struct pyl_sampler *sampler, const float *logits);
 int32_t pyl_grammar_of_schema(const char *schema, char **grammar);
 int32_t pyl_logprobs(const float *logits, int32_t n_vocab, int32_t token, int32_t n_top, float *logprob, int32_t *top_ids, float *top_logprobs);
+void pyl_paging_set(bool is_on);
+void pyl_paging_counts(int64_t *n_bytes, int64_t *n_bytes_missing);
 enum pyl_act_quant_format
 {
   PYL_ACT_QUANT_E4M3 = ...,

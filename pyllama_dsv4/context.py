@@ -17,6 +17,7 @@ from .errors import (
     ContextFullError,
     InferenceError,
     MemoryLimitError,
+    ModelLoadError,
     StateError,
 )
 from .model import Model
@@ -146,13 +147,16 @@ class Context:
         # 44 KB a token for Flash and let every token attend over masked cells.
         params.swa_full = False
         self.monitor: Any = ffi.new("struct pyl_monitor *") if target is None else target.monitor
+        log_tail(clear=True)
         pointer = lib.pyl_context_init(model.pointer, params, self.monitor)
+        # the engine returns NULL for every reason and tells them apart in its log only
+        is_memory = any(words in line for line in log_tail() for words in ("alloc", "output buffer"))
         check_ptr(
             pointer,
             f"creating a context of {n_ctx} tokens",
-            MemoryLimitError,
+            MemoryLimitError if is_memory else ModelLoadError,
             path=model.path,
-            hint="A smaller n_ctx needs less memory.",
+            hint="A smaller n_ctx needs less memory." if is_memory else None,
         )
         self._pointer = ffi.gc(pointer, lib.llama_free)
         self.n_vocab = model.n_vocab

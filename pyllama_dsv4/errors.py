@@ -40,6 +40,7 @@ __all__ = [
     "TruncatedFileError",
     "Type42Error",
     "UnknownOptionError",
+    "UnsupportedCpuError",
     "UnsupportedModelError",
 ]
 
@@ -168,6 +169,10 @@ class TileShapeError(CheckpointError):
 
 
 # --- work ------------------------------------------------------------------------------------------------------
+
+
+class UnsupportedCpuError(PyllamaError, ImportError):
+    """The engine was built for instructions that this CPU lacks; raised before it is loaded."""
 
 
 class ModelLoadError(PyllamaError, OSError):

@@ -30,6 +30,7 @@ from .lora import LoraAdapter
 from .machine import working_set_bytes
 from .model import Model, check_model
 from .options import keyword_names, refuse_unknown
+from .paging import PagingCounts, fits_in_memory, paging_counts
 from .plan import N_CTX_DEFAULT, Plan, plan_model
 from .prefix_cache import BYTES_MAX, PrefixCache
 from .sampler import SAMPLING_NAMES, Sampler, SamplingOptions, SamplingParams
@@ -88,6 +89,7 @@ class LlamaBase:
         prefix_cache: str | os.PathLike[str] | None = None,
         prefix_cache_bytes: int = BYTES_MAX,
         warmup: bool = True,
+        page_experts: bool | None = None,
         verbose: bool = False,
         **unknown: NoReturn,
     ) -> None:
@@ -126,6 +128,8 @@ class LlamaBase:
                 memory only. Belongs to the model, the build and the settings that a cache depends on.
             prefix_cache_bytes: Size of that folder at most; what was used longest ago is removed.
             warmup: Read the mapped file into the page cache in the background, as far as memory reaches.
+            page_experts: Announce the experts that a token has chosen to the system, which then reads just these, many
+                at once; None does so if memory cannot hold the file. Holds for the process.
             verbose: Print the engine's log to stderr through ``logging``.
 
         Attributes:
@@ -173,6 +177,7 @@ class LlamaBase:
             n_ubatch=n_ubatch,
             cache_type=cache_type,
             act_quant=act_quant,
+            flash_attn=flash_attn,
             is_mapped=use_mmap and not use_mlock,
         )
         logger.info("%s: %s", self._report.header.path, self.plan.line())
@@ -186,6 +191,10 @@ class LlamaBase:
             use_mlock=use_mlock,
             on_progress=None if progress is None else lambda f: progress(Progress("load", f)) is not False,
         )
+        if page_experts is None and use_mmap and not use_mlock and not fits_in_memory(self._report):
+            page_experts = True
+        if page_experts is not None:  # a model that fits leaves it as others of the process want it
+            lib.pyl_paging_set(page_experts)
         try:
             self._context_options: dict[str, Any] = {
                 "n_ctx": n_ctx,
@@ -371,6 +380,11 @@ class LlamaBase:
     def working_set_bytes(self) -> int | None:
         """Resident memory of this process, mapped file pages included; None when the system does not say."""
         return working_set_bytes()
+
+    @property
+    def paging(self) -> PagingCounts:
+        """Chosen experts of this process and what of them was not in memory; counted where they are announced."""
+        return paging_counts()
 
     @property
     def warmup(self) -> Warmup | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -38,12 +38,37 @@ def available_bytes() -> int | None:
     if available is None:
         return None
     n = available * 1024
-    limit = _first_number("/sys/fs/cgroup/memory.max")
-    used = _first_number("/sys/fs/cgroup/memory.current")
-    cached = _first_number("/sys/fs/cgroup/memory.stat", "file ")
-    if limit is not None and used is not None:
-        n = min(n, max(limit - used + (cached or 0), 0))
+    for limit, used, cached in _group_memory():
+        n = min(n, max(limit - used + cached, 0))
     return n
+
+
+def _group_memory(
+    groups_of: str = "/proc/self/cgroup", mounted_at: str = "/sys/fs/cgroup"
+) -> Iterator[tuple[int, int, int]]:
+    """Yield limit, use and reclaimable file pages of each control group of this process that limits memory."""
+    try:
+        with open(groups_of, encoding="ascii", errors="replace") as file:
+            groups = [line.rstrip("\n").split(":", 2) for line in file]
+    except OSError:
+        return
+    for _, controllers, path in (group for group in groups if len(group) == 3):
+        if controllers == "":  # version 2
+            root, names = mounted_at, ("memory.max", "memory.current", "file ")
+        elif controllers == "memory":
+            root, names = (
+                f"{mounted_at}/memory",
+                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache "),
+            )
+        else:
+            continue
+        for folder in dict.fromkeys(
+            (root + path.rstrip("/"), root)
+        ):  # a container sees its own group as the root
+            limit = _first_number(f"{folder}/{names[0]}")
+            used = _first_number(f"{folder}/{names[1]}")
+            if limit is not None and used is not None:
+                yield limit, used, _first_number(f"{folder}/memory.stat", names[2]) or 0
 
 
 def working_set_bytes() -> int | None:

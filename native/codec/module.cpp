@@ -2,12 +2,14 @@
 // the allocation of results and the release of the GIL; leaves every byte of every format to the headers. The
 // functions are documented in pyllama_dsv4/_codec.pyi.
 
+#include "cpu-features.h"
 #include "f8-e4m3-b128.h"
 #include "mxfp4.h"
 #include "parallel.h"
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <mutex>
@@ -456,6 +458,10 @@ PYBIND11_MODULE(_codec, m, py::mod_gil_not_used()) {
     };
     def_pack("f8_e4m3_b128_pack", py_f8_pack, "FP8 codes and 128x128 tile scales to blocks, bytes untouched.");
     def_pack("mxfp4_pack", py_mxfp4_pack, "FP4 codes in checkpoint order and scales to blocks, bits untouched.");
+
+    m.attr("cpu_features") = PYLLAMA_DSV4_CPU_FEATURES;
+    m.def("missing_cpu_features", [] { return py::tuple(py::cast(missing_cpu_features())); },
+          "Instruction sets that the engine's module was built for and this CPU lacks.");
 
     const py::object stats_type = py::module_::import("collections").attr("namedtuple")(
         "BlockStats", "n_blocks n_scale_nan i_scale_nan n_scale_zero i_scale_zero n_code_nan i_code_nan",

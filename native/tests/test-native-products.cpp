@@ -121,11 +121,16 @@ static void test_dot(const dsv4_kernels * kernels, ggml_type type, int64_t n) {
         std::vector<float> sum(n_cols*DSV4_ROWS*DSV4_LANES, 0.0f);
         kernels->tile(n_groups, w.data(), d.data(), columns, n_cols, sum.data());
         for (int c = 0; c < n_cols; c++) {
+            float rows_of_tile[DSV4_ROWS];
+            kernels->sum_rows(sum.data() + c*DSV4_ROWS*DSV4_LANES, rows_of_tile);
             for (int r = 0; r < DSV4_ROWS; r++) {
                 float one;
                 kernels->dot(n, rows.data() + r*row_bytes, columns[c], &one);
                 check_dot(one, decoded(type, rows.data() + r*row_bytes, n).data(), x[c].data(), n, "dot");
-                const float s = dsv4_sum_lanes(sum.data() + (c*DSV4_ROWS + r)*DSV4_LANES);
+                float lanes[DSV4_LANES];
+                memcpy(lanes, sum.data() + (c*DSV4_ROWS + r)*DSV4_LANES, sizeof(lanes));
+                const float s = dsv4_sum_lanes(lanes);
+                CHECK(memcmp(rows_of_tile + r, &s, 4) == 0, "sum of row %d: %.9g instead of %.9g", r, rows_of_tile[r], s);
                 CHECK(memcmp(&one, &s, 4) == 0, "row %d, column %d of %d: %.9g alone, %.9g in a tile", r, c, n_cols, one, s);
             }
         }

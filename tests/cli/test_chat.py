@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 from cli_process import TIMEOUT_S, Terminal, command
 
-from pyllama_dsv4 import synth
+from pyllama_dsv4 import demo, synth
 from pyllama_dsv4.cli.chat import _Shown
 from pyllama_dsv4.cli.terminal import AnswerWriter, Ui
 from pyllama_dsv4.convert import convert
@@ -405,9 +405,13 @@ def test_ctrl_c_ends_a_piped_chat(model: Path, environment: dict[str, str]) -> N
 
 
 def test_without_a_file_it_talks_with_the_demo_model_and_says_so(run: Run, model: Path) -> None:
-    done = run("chat", "--temp", 0, input=b"Hello\n")
+    done = run("chat", "--temp", 0, input=b"What is 17 + 25?\n")
     assert done.returncode == 0, done.stderr
     text = done.stderr.decode()
+    if demo.is_trained():
+        assert "not an assistant" in text
+        assert done.stdout == b"42\n"
+        return
     assert "random weights" in text
     assert "answers are noise" in text
     assert "ended by -n 256" in text or counts(text).n_answer < 256

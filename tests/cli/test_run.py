@@ -285,3 +285,11 @@ def test_a_long_prompt_shows_a_bar_with_the_time_left(model: Path, terminal: Cal
     text, code = shown.end()
     assert code == 0
     assert "reading the prompt" not in text  # it is taken away
+
+
+def test_without_a_file_it_continues_with_the_demo_model(run: Run, model: Path) -> None:
+    done = run("run", "-p", "Hello", *SHORT)
+    assert done.returncode == 0, done.stderr
+    assert b"this is the demo model" in done.stderr
+    assert done.stdout.endswith(b"\n")
+    assert run("run", "-p", "Hello", *SHORT, "-q").stdout == done.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 import subprocess
 import sys
@@ -100,3 +101,40 @@ def test_chat_templates_are_package_data(name: str) -> None:
     from importlib import resources
 
     assert "dsml_token" in resources.files("pyllama_dsv4").joinpath("data", name).read_text(encoding="utf-8")
+
+
+def test_the_demo_model_is_installed_with_its_exam() -> None:
+    from pyllama_dsv4 import demo
+
+    source = Path(__file__).parents[2] / "pyllama_dsv4" / "data" / demo.TRAINED.name
+    assert demo.is_trained() == source.is_file()
+    exam = demo.read_exam()
+    if exam is not None:
+        assert demo.TRAINED.stat().st_size <= 8_000_000
+        assert demo.TRAINED.read_bytes() == source.read_bytes()
+        assert exam.questions
+        assert set(exam.nll) == {"none", "cache", "full"}
+
+
+def test_the_engine_is_not_loaded_on_a_cpu_that_lacks_instructions() -> None:
+    code = (
+        "from pyllama_dsv4 import _codec\n"
+        "_codec.missing_cpu_features = lambda: ('avx512f', 'avx512vl')\n"
+        "from pyllama_dsv4.errors import UnsupportedCpuError\n"
+        "try:\n"
+        "    import pyllama_dsv4.llama\n"
+        "except UnsupportedCpuError as error:\n"
+        "    import sys\n"
+        "    assert isinstance(error, ImportError)\n"
+        "    assert 'pyllama_dsv4._llama' not in sys.modules\n"
+        "    print(error)\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "avx512f, avx512vl" in out
+    assert "pip install ." in out
+
+
+def test_this_cpu_has_what_the_engine_was_built_for() -> None:
+    assert _codec.missing_cpu_features() == ()
+    if platform.machine() == "x86_64":
+        assert "avx2" in _codec.cpu_features.split()

@@ -186,6 +186,7 @@ INLINE float sum_lanes(const __m256 * sum) {
         __m256 sum[2] = { _mm256_setzero_ps(), _mm256_setzero_ps() }; \
         struct group g; \
         for (int64_t i = 0; i < n/DSV4_GROUP; i++) { \
+            dsv4_fetch_ahead(p + i*(BYTES), BYTES); \
             LOAD((const void *) (p + i*(BYTES)), &g); \
             add_group(&g, y + i*DSV4_GROUP, sum); \
         } \
@@ -275,11 +276,33 @@ TARGET static void tile(
     }
 }
 
+// The halves of all rows at first; then rows share registers, so that each step adds as many numbers as it leaves.
+TARGET void dsv4_sum_rows_avx2(const float * sum, float * s) {
+    __m256 eight[DSV4_ROWS]; // sums of 8 lanes each
+    for (int r = 0; r < DSV4_ROWS; r++) {
+        const float * lanes = sum + r*DSV4_LANES;
+        eight[r] = _mm256_add_ps(_mm256_loadu_ps(lanes), _mm256_loadu_ps(lanes + HALF));
+    }
+    __m256 four[DSV4_ROWS/2]; // row 2i in the lower half, 2i + 1 in the upper
+    for (int i = 0; i < DSV4_ROWS/2; i++) {
+        four[i] = _mm256_add_ps(
+            _mm256_permute2f128_ps(eight[2*i], eight[2*i + 1], 0x20), _mm256_permute2f128_ps(eight[2*i], eight[2*i + 1], 0x31));
+    }
+    __m256 two[DSV4_ROWS/4]; // rows 4i, 4i, 4i + 2, 4i + 2 and 4i + 1, 4i + 1, 4i + 3, 4i + 3
+    for (int i = 0; i < DSV4_ROWS/4; i++) {
+        two[i] = _mm256_add_ps(
+            _mm256_shuffle_ps(four[2*i], four[2*i + 1], 0x44), _mm256_shuffle_ps(four[2*i], four[2*i + 1], 0xEE));
+    }
+    // rows 0, 2, 4, 6 and 1, 3, 5, 7
+    const __m256 one = _mm256_add_ps(_mm256_shuffle_ps(two[0], two[1], 0x88), _mm256_shuffle_ps(two[0], two[1], 0xDD));
+    _mm256_storeu_ps(s, _mm256_permutevar8x32_ps(one, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
+}
+
 // --- tables ---
 
-static const struct dsv4_kernels f8_kernels    = { in_place,    f8_dot,    f8_decode,    tile };
-static const struct dsv4_kernels mxfp4_kernels = { mxfp4_order, mxfp4_dot, mxfp4_decode, tile };
-static const struct dsv4_kernels bf16_kernels  = { in_place,    bf16_dot,  bf16_decode,  tile };
+static const struct dsv4_kernels f8_kernels    = { in_place,    f8_dot,    f8_decode, tile, dsv4_sum_rows_avx2 };
+static const struct dsv4_kernels mxfp4_kernels = { mxfp4_order, mxfp4_dot, mxfp4_decode, tile, dsv4_sum_rows_avx2 };
+static const struct dsv4_kernels bf16_kernels  = { in_place,    bf16_dot,  bf16_decode, tile, dsv4_sum_rows_avx2 };
 
 const struct dsv4_kernels * dsv4_kernels_avx2(enum ggml_type type) {
     // F16C came before AVX2, and not every compiler knows its name here
@@ -299,6 +322,10 @@ const struct dsv4_kernels * dsv4_kernels_avx2(enum ggml_type type) {
 const struct dsv4_kernels * dsv4_kernels_avx2(enum ggml_type type) {
     (void) type;
     return NULL;
+}
+
+void dsv4_sum_rows_avx2(const float * sum, float * s) {
+    dsv4_sum_rows_portable(sum, s);
 }
 
 #endif

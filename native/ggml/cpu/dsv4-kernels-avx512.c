@@ -131,8 +131,10 @@ INLINE float sum_lanes(__m512 sum) {
 TARGET static void f8_dot(int64_t n, const void * x, const float * y, float * s) {
     __m512 sum = _mm512_setzero_ps();
     for (int64_t i = 0; i < n/DSV4_GROUP; i++) {
+        const block_f8_e4m3_b128 * block = (const block_f8_e4m3_b128 *) x + i;
         struct group g;
-        f8_load((const uint8_t *) x + i*sizeof(block_f8_e4m3_b128), &g);
+        dsv4_fetch_ahead(block, sizeof(block->qs));
+        f8_load((const uint8_t *) block, &g);
         sum = add_group(&g, y + i*DSV4_GROUP, sum);
     }
     *s = sum_lanes(sum);
@@ -159,7 +161,9 @@ TARGET static void mxfp4_dot(int64_t n, const void * x, const float * y, float *
     __m512 sum = _mm512_setzero_ps();
     struct group g;
     for (int64_t i = 0; i < n_full; i++) {
-        mxfp4_load((const uint8_t *) x + i*MXFP4_BLOCKS*MXFP4_BYTES, &g);
+        const uint8_t * blocks = (const uint8_t *) x + i*MXFP4_BLOCKS*MXFP4_BYTES;
+        dsv4_fetch_ahead(blocks, MXFP4_BLOCKS*MXFP4_BYTES);
+        mxfp4_load(blocks, &g);
         sum = add_group(&g, y + i*DSV4_GROUP, sum);
     }
     if (n%DSV4_GROUP != 0) {
@@ -194,7 +198,9 @@ TARGET static void bf16_dot(int64_t n, const void * x, const float * y, float * 
     __m512 sum = _mm512_setzero_ps();
     struct group g;
     for (int64_t i = 0; i < n_full; i++) {
-        bf16_load((const uint16_t *) x + i*DSV4_GROUP, &g);
+        const uint16_t * w = (const uint16_t *) x + i*DSV4_GROUP;
+        dsv4_fetch_ahead(w, DSV4_GROUP*sizeof(*w));
+        bf16_load(w, &g);
         sum = add_group(&g, y + i*DSV4_GROUP, sum);
     }
     if (n%DSV4_GROUP != 0) {
@@ -281,9 +287,9 @@ static const uint8_t f8_order[DSV4_GROUP]    = DSV4_GROUP_ORDER(F8_AT);
 static const uint8_t mxfp4_order[DSV4_GROUP] = DSV4_GROUP_ORDER(MXFP4_AT);
 static const uint8_t bf16_order[DSV4_GROUP]  = DSV4_GROUP_ORDER(BF16_AT);
 
-static const struct dsv4_kernels f8_kernels    = { f8_order,    f8_dot,    f8_decode,    tile };
-static const struct dsv4_kernels mxfp4_kernels = { mxfp4_order, mxfp4_dot, mxfp4_decode, tile };
-static const struct dsv4_kernels bf16_kernels  = { bf16_order,  bf16_dot,  bf16_decode,  tile };
+static const struct dsv4_kernels f8_kernels    = { f8_order,    f8_dot,    f8_decode, tile, dsv4_sum_rows_avx2 };
+static const struct dsv4_kernels mxfp4_kernels = { mxfp4_order, mxfp4_dot, mxfp4_decode, tile, dsv4_sum_rows_avx2 };
+static const struct dsv4_kernels bf16_kernels  = { bf16_order,  bf16_dot,  bf16_decode, tile, dsv4_sum_rows_avx2 };
 
 const struct dsv4_kernels * dsv4_kernels_avx512(enum ggml_type type) {
     if (!__builtin_cpu_supports("avx512vbmi") || !__builtin_cpu_supports("avx512dq") ||

@@ -142,6 +142,7 @@ INLINE float sum_lanes(const float32x4_t * sum) {
         float32x4_t sum[QUARTERS] = { vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0) }; \
         struct group g; \
         for (int64_t i = 0; i < n/DSV4_GROUP; i++) { \
+            dsv4_fetch_ahead(p + i*(BYTES), BYTES); \
             LOAD(p + i*(BYTES), &g); \
             add_group(&g, y + i*DSV4_GROUP, sum); \
         } \
@@ -218,9 +219,9 @@ static void tile(int64_t n_groups, const float * w, const float * d, const float
 
 // --- tables ---
 
-static const struct dsv4_kernels f8_kernels    = { in_place,    f8_dot,    f8_decode,    tile };
-static const struct dsv4_kernels mxfp4_kernels = { mxfp4_order, mxfp4_dot, mxfp4_decode, tile };
-static const struct dsv4_kernels bf16_kernels  = { in_place,    bf16_dot,  bf16_decode,  tile };
+static const struct dsv4_kernels f8_kernels    = { in_place,    f8_dot,    f8_decode, tile, dsv4_sum_rows_portable };
+static const struct dsv4_kernels mxfp4_kernels = { mxfp4_order, mxfp4_dot, mxfp4_decode, tile, dsv4_sum_rows_portable };
+static const struct dsv4_kernels bf16_kernels  = { in_place,    bf16_dot,  bf16_decode, tile, dsv4_sum_rows_portable };
 
 const struct dsv4_kernels * dsv4_kernels_neon(enum ggml_type type) {
     switch (type) {

@@ -76,7 +76,9 @@ static void f8_dot(int64_t n, const void * x, const float * y, float * s) {
     float sum[DSV4_LANES] = { 0.0f };
     for (int64_t g = 0; g < n/DSV4_GROUP; g++) {
         float w[DSV4_GROUP], d[DSV4_LANES];
-        decode_f8((const uint8_t *) x + g*sizeof(block_f8_e4m3_b128), w, d);
+        const block_f8_e4m3_b128 * block = (const block_f8_e4m3_b128 *) x + g;
+        dsv4_fetch_ahead(block, sizeof(*block));
+        decode_f8((const uint8_t *) block, w, d);
         add_group(w, d, y + g*DSV4_GROUP, sum);
     }
     *s = dsv4_sum_lanes(sum);
@@ -106,6 +108,7 @@ static void mxfp4_dot(int64_t n, const void * x, const float * y, float * s) {
     float sum[DSV4_LANES] = { 0.0f };
     for (int64_t g = 0; g < dsv4_n_groups(n); g++) {
         float w[DSV4_GROUP], d[DSV4_LANES];
+        dsv4_fetch_ahead((const uint8_t *) x + g*MXFP4_BLOCKS*MXFP4_BYTES, MXFP4_BLOCKS*MXFP4_BYTES);
         decode_mxfp4(mxfp4_group(n, x, g, tail), w, d);
         add_group(w, d, y + g*DSV4_GROUP, sum);
     }
@@ -136,6 +139,7 @@ static void bf16_dot(int64_t n, const void * x, const float * y, float * s) {
     float sum[DSV4_LANES] = { 0.0f };
     for (int64_t g = 0; g < dsv4_n_groups(n); g++) {
         float w[DSV4_GROUP], d[DSV4_LANES];
+        dsv4_fetch_ahead((const uint16_t *) x + g*DSV4_GROUP, DSV4_GROUP*sizeof(uint16_t));
         decode_bf16(bf16_group(n, x, g, tail), w, d);
         add_group(w, d, y + g*DSV4_GROUP, sum);
     }
@@ -156,6 +160,24 @@ static void tile(int64_t n_groups, const float * w, const float * d, const float
     }
 }
 
+// In loops that compilers vectorise.
+void dsv4_sum_rows_portable(const float * sum, float * s) {
+    float lanes[DSV4_LANES/2][DSV4_ROWS];
+    for (int r = 0; r < DSV4_ROWS; r++) {
+        for (int l = 0; l < DSV4_LANES/2; l++) {
+            lanes[l][r] = sum[r*DSV4_LANES + l] + sum[r*DSV4_LANES + l + DSV4_LANES/2];
+        }
+    }
+    for (int half = DSV4_LANES/4; half > 0; half /= 2) {
+        for (int l = 0; l < half; l++) {
+            for (int r = 0; r < DSV4_ROWS; r++) {
+                lanes[l][r] += lanes[l + half][r];
+            }
+        }
+    }
+    memcpy(s, lanes[0], sizeof(lanes[0]));
+}
+
 // --- tables ---
 
 #define IN_PLACE(v, l)   16*(v) + (l)
@@ -164,9 +186,9 @@ static void tile(int64_t n_groups, const float * w, const float * d, const float
 static const uint8_t in_place[DSV4_GROUP]    = DSV4_GROUP_ORDER(IN_PLACE);
 static const uint8_t mxfp4_order[DSV4_GROUP] = DSV4_GROUP_ORDER(MXFP4_AT);
 
-static const struct dsv4_kernels f8_kernels    = { in_place,    f8_dot,    f8_decode_row,    tile };
-static const struct dsv4_kernels mxfp4_kernels = { mxfp4_order, mxfp4_dot, mxfp4_decode_row, tile };
-static const struct dsv4_kernels bf16_kernels  = { in_place,    bf16_dot,  bf16_decode_row,  tile };
+static const struct dsv4_kernels f8_kernels    = { in_place,    f8_dot,    f8_decode_row, tile, dsv4_sum_rows_portable };
+static const struct dsv4_kernels mxfp4_kernels = { mxfp4_order, mxfp4_dot, mxfp4_decode_row, tile, dsv4_sum_rows_portable };
+static const struct dsv4_kernels bf16_kernels  = { in_place,    bf16_dot,  bf16_decode_row, tile, dsv4_sum_rows_portable };
 
 const struct dsv4_kernels * dsv4_kernels_portable(enum ggml_type type) {
     switch (type) {

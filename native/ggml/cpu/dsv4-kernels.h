@@ -11,6 +11,7 @@
 
 #include "ggml.h"
 
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -24,6 +25,7 @@ enum {
     DSV4_VECS  = DSV4_GROUP/DSV4_LANES,
     DSV4_ROWS  = 8,   // weight rows of a tile
     DSV4_COLS  = 3,   // activation rows of a tile at most
+    DSV4_AHEAD = 4096, // bytes between what is decoded and what is fetched from memory
 };
 
 // { F(0, 0), F(0, 1), ... F(7, 15) }: a table with an entry for every lane of every vector
@@ -49,7 +51,22 @@ struct dsv4_kernels {
     // rows can be taken in pieces that stay in the nearest cache. w: (DSV4_ROWS, n_groups, 8, 16),
     // d: (DSV4_ROWS, n_groups, 16), y[c]: (n_groups, 8, 16), sum: (n_cols, DSV4_ROWS, 16).
     void (*tile)(int64_t n_groups, const float * w, const float * d, const float * const * y, int n_cols, float * sum);
+
+    // s[r] = dsv4_sum_lanes(sum[r]) for sum: (DSV4_ROWS, 16), s: (DSV4_ROWS)
+    void (*sum_rows)(const float * sum, float * s);
 };
+
+// Fetches the lines of n_bytes that will be decoded DSV4_AHEAD bytes later. Files are mapped in pages of 4 KB, at whose ends
+// the processor's own fetching stops, and a core waits for memory most of the time without this.
+static inline void dsv4_fetch_ahead(const void * x, size_t n_bytes) {
+#if defined(__GNUC__) || defined(__clang__)
+    for (size_t i = 0; i < n_bytes; i += 64) {
+        __builtin_prefetch((const void *) ((uintptr_t) x + DSV4_AHEAD + i)); // may lie behind the end: then nothing happens
+    }
+#else
+    (void) x; (void) n_bytes;
+#endif
+}
 
 static inline int64_t dsv4_n_groups(int64_t n) {
     return (n + DSV4_GROUP - 1)/DSV4_GROUP;
@@ -65,24 +82,6 @@ static inline float dsv4_sum_lanes(float * lanes) {
     return lanes[0];
 }
 
-// s[r] = dsv4_sum_lanes(sum[r]) for sum: (DSV4_ROWS, 16), in loops that compilers vectorise.
-static inline void dsv4_sum_lanes_of_rows(const float * sum, float * s) {
-    float lanes[DSV4_LANES/2][DSV4_ROWS];
-    for (int r = 0; r < DSV4_ROWS; r++) {
-        for (int l = 0; l < DSV4_LANES/2; l++) {
-            lanes[l][r] = sum[r*DSV4_LANES + l] + sum[r*DSV4_LANES + l + DSV4_LANES/2];
-        }
-    }
-    for (int half = DSV4_LANES/4; half > 0; half /= 2) {
-        for (int l = 0; l < half; l++) {
-            for (int r = 0; r < DSV4_ROWS; r++) {
-                lanes[l][r] += lanes[l + half][r];
-            }
-        }
-    }
-    memcpy(s, lanes[0], sizeof(lanes[0]));
-}
-
 // The fastest kernels of this CPU for GGML_TYPE_F8_E4M3_B128, MXFP4 or BF16; NULL for other types.
 const struct dsv4_kernels * dsv4_kernels_for(enum ggml_type type);
 
@@ -92,6 +91,10 @@ const struct dsv4_kernels * dsv4_kernels_portable(enum ggml_type type);
 const struct dsv4_kernels * dsv4_kernels_avx2(enum ggml_type type);
 const struct dsv4_kernels * dsv4_kernels_avx512(enum ggml_type type);
 const struct dsv4_kernels * dsv4_kernels_neon(enum ggml_type type);
+
+// What they share: see dsv4_kernels::sum_rows.
+void dsv4_sum_rows_portable(const float * sum, float * s);
+void dsv4_sum_rows_avx2(const float * sum, float * s);
 
 #ifdef __cplusplus
 }

@@ -1,6 +1,7 @@
 #include "dsv4-product.h"
 
 #include "dsv4-kernels.h"
+#include "dsv4-paging.h"
 
 #include "ggml-cpu-impl.h"
 
@@ -44,7 +45,7 @@ static bool is_plain(const struct ggml_tensor * t) {
 }
 
 static bool make_product(const struct ggml_tensor * op, struct product * p) {
-    if (op->op != GGML_OP_MUL_MAT && op->op != GGML_OP_MUL_MAT_ID) {
+    if (op->op != GGML_OP_MUL_MAT && op->op != GGML_OP_MUL_MAT_ID) { // asked for the work size of every operation
         return false;
     }
     const struct ggml_tensor * w = op->src[0];
@@ -129,8 +130,14 @@ static void fill_panels(const struct product * p, float * panels, int ith, int n
         const float * x    = x_row(p->x, unit / p->n_groups) + g*DSV4_GROUP;
         float       * y    = panels + unit*DSV4_GROUP;
         const int64_t n    = p->n - g*DSV4_GROUP; // values left in the row
-        for (int i = 0; i < DSV4_GROUP; i++) {
-            y[i] = order[i] < n ? x[order[i]] : 0.0f;
+        if (n >= DSV4_GROUP) {
+            for (int i = 0; i < DSV4_GROUP; i++) {
+                y[i] = x[order[i]];
+            }
+        } else {
+            for (int i = 0; i < DSV4_GROUP; i++) {
+                y[i] = order[i] < n ? x[order[i]] : 0.0f;
+            }
         }
     }
 }
@@ -210,16 +217,30 @@ static float * column_dst(const struct columns * cols, int64_t c) {
     return (float *) ((char *) p->dst->data + c*p->dst->nb[1] + cols->i2*p->dst->nb[2] + cols->i3*p->dst->nb[3]);
 }
 
-// n_rows <= DSV4_ROWS weight rows from w on with n_cols <= BLOCK_COLS columns from first on
+// Where up to BLOCK_COLS columns are. Found once for all weight rows: it takes divisions.
+struct block {
+    int           n_cols;
+    const float * panel[BLOCK_COLS];
+    float       * dst[BLOCK_COLS];
+};
+
+static void find_block(const struct columns * cols, int64_t first, int64_t n_cols, struct block * block) {
+    block->n_cols = (int) MIN(BLOCK_COLS, n_cols - first);
+    for (int c = 0; c < block->n_cols; c++) {
+        block->panel[c] = column_panel(cols, first + c);
+        block->dst[c]   = column_dst(cols, first + c);
+    }
+}
+
+// n_rows <= DSV4_ROWS weight rows from w on, of which the first is row, with the columns of a block
 static void multiply_block(
-        const struct columns * cols, const char * w, int64_t row, int n_rows, int64_t first, int n_cols, float * scratch) {
-    const struct product * p = cols->p;
+        const struct product * p, const struct block * block, const char * w, int64_t row, int n_rows, float * scratch) {
     const struct dsv4_kernels * kernels = p->kernels;
     const size_t group_bytes = ggml_row_size(p->w->type, DSV4_GROUP);
 
     float * scales = scratch + DSV4_ROWS*PIECE*DSV4_GROUP;
     float * sums   = scales  + DSV4_ROWS*PIECE*DSV4_LANES;
-    memset(sums, 0, sizeof(float)*n_cols*DSV4_ROWS*DSV4_LANES);
+    memset(sums, 0, sizeof(float)*block->n_cols*DSV4_ROWS*DSV4_LANES);
 
     for (int64_t g = 0; g < p->n_groups; g += PIECE) {
         const int64_t n_groups = MIN(PIECE, p->n_groups - g);
@@ -229,19 +250,19 @@ static void multiply_block(
             kernels->decode(n, w + MIN(r, n_rows - 1)*p->w->nb[1] + g*group_bytes,
                 scratch + r*n_groups*DSV4_GROUP, scales + r*n_groups*DSV4_LANES);
         }
-        for (int c = 0; c < n_cols; c += DSV4_COLS) {
-            const int n_tile = MIN(DSV4_COLS, n_cols - c);
+        for (int c = 0; c < block->n_cols; c += DSV4_COLS) {
+            const int n_tile = MIN(DSV4_COLS, block->n_cols - c);
             const float * y[DSV4_COLS];
             for (int i = 0; i < n_tile; i++) {
-                y[i] = column_panel(cols, first + c + i) + g*DSV4_GROUP;
+                y[i] = block->panel[c + i] + g*DSV4_GROUP;
             }
             kernels->tile(n_groups, scratch, scales, y, n_tile, sums + c*DSV4_ROWS*DSV4_LANES);
         }
     }
-    for (int c = 0; c < n_cols; c++) {
+    for (int c = 0; c < block->n_cols; c++) {
         float s[DSV4_ROWS];
-        dsv4_sum_lanes_of_rows(sums + c*DSV4_ROWS*DSV4_LANES, s);
-        memcpy(column_dst(cols, first + c) + row, s, n_rows*sizeof(float));
+        kernels->sum_rows(sums + c*DSV4_ROWS*DSV4_LANES, s);
+        memcpy(block->dst[c] + row, s, n_rows*sizeof(float));
     }
 }
 
@@ -259,16 +280,17 @@ static void multiply(
         return;
     }
     for (int64_t c = 0; c < n_cols; c += BLOCK_COLS) {
+        struct block block;
+        find_block(cols, c, n_cols, &block);
         for (int64_t r = row; r < row_end; r += DSV4_ROWS) {
-            multiply_block(cols, w + r*row_bytes, r, (int) MIN(DSV4_ROWS, row_end - r),
-                c, (int) MIN(BLOCK_COLS, n_cols - c), scratch);
+            multiply_block(p, &block, w + r*row_bytes, r, (int) MIN(DSV4_ROWS, row_end - r), scratch);
         }
     }
 }
 
 bool dsv4_product_compute(struct ggml_compute_params * params, struct ggml_tensor * op) {
     struct product p;
-    if (params->use_ref || !make_product(op, &p)) {
+    if (!make_product(op, &p)) {
         return false;
     }
     p.dst = op;
@@ -279,6 +301,11 @@ bool dsv4_product_compute(struct ggml_compute_params * params, struct ggml_tenso
     if (params->ith == 0) {
         if (p.ids) {
             sort_slots(&p, &work);
+            if (dsv4_paging_is_on()) {
+                for (int32_t i = 0; i < MIN(work.active[0], DSV4_PAGING_AHEAD); i++) {
+                    dsv4_paging_announce(p.w, work.active[1 + i], work.active[0]);
+                }
+            }
         }
         ggml_threadpool_chunk_set(params->threadpool, params->nth);
     }
@@ -302,6 +329,9 @@ bool dsv4_product_compute(struct ggml_compute_params * params, struct ggml_tenso
         int64_t n_cols;
         if (p.ids) {
             const int32_t expert = work.active[1 + mat];
+            if (row == 0 && mat + DSV4_PAGING_AHEAD < n_mats && dsv4_paging_is_on()) {
+                dsv4_paging_announce(p.w, work.active[1 + mat + DSV4_PAGING_AHEAD], work.active[0]);
+            }
             w         += expert*p.w->nb[2];
             cols.slots = work.slots + work.first[expert];
             n_cols     = work.first[expert + 1] - work.first[expert];
