@@ -103,7 +103,6 @@ def test_prompts_that_are_not_utf_8_are_read_with_replacement_characters(run: Ru
         (("good.gguf", "-f", "no-such.txt"), 3, "no-such.txt: No such file or directory"),
         (("good.gguf", "-p", "a", "-f", "b"), 2, "two prompts"),
         (("good.gguf",), 2, "standard input is empty"),
-        (("-p", "a"), 2, "no model"),
         (("good.gguf", "-p", "word " * 80, "-c", "64"), 1, "the prompt does not fit; found"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else None,
