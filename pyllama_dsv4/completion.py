@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
@@ -330,15 +331,30 @@ class Completions(LlamaBase):
 
     @overload
     def embed(  # type: ignore[overload-overlap]  # text is a sequence of texts
-        self, input: str, *, normalize: bool = ...
+        self,
+        input: str,
+        *,
+        normalize: bool = ...,
+        timeout: float | None = ...,
+        stop_event: threading.Event | None = ...,
     ) -> npt.NDArray[np.float32]: ...
     @overload
     def embed(
-        self, input: Sequence[str | Sequence[int]], *, normalize: bool = ...
+        self,
+        input: Sequence[str | Sequence[int]],
+        *,
+        normalize: bool = ...,
+        timeout: float | None = ...,
+        stop_event: threading.Event | None = ...,
     ) -> list[npt.NDArray[np.float32]]: ...
 
     def embed(
-        self, input: str | Sequence[str | Sequence[int]], *, normalize: bool = False
+        self,
+        input: str | Sequence[str | Sequence[int]],
+        *,
+        normalize: bool = False,
+        timeout: float | None = None,
+        stop_event: threading.Event | None = None,
     ) -> npt.NDArray[np.float32] | list[npt.NDArray[np.float32]]:
         """Return the embedding of a text, or those of several.
 
@@ -347,6 +363,8 @@ class Completions(LlamaBase):
         Args:
             input: Text, or a list of texts or of lists of token ids.
             normalize: Make vectors of length 1.
+            timeout: As in ``GenerationOptions``.
+            stop_event: As in ``GenerationOptions``.
 
         Returns:
             ``(n_embd,) float32`` for a text, ``(n_tokens, n_embd)`` with ``pooling_type="none"``; a list of them for a
@@ -355,17 +373,20 @@ class Completions(LlamaBase):
         Raises:
             ArgumentError: Opened without `embedding`, or an empty text.
             ContextFullError: A text is longer than the context.
+            CancelledError: by `timeout` or `stop_event`.
         """
         if not self._is_embedding:
             raise ArgumentError(
                 "embedding", key="embedding", found="False", expected="Llama(..., embedding=True)"
             )
+        watch = Watch(timeout, stop_event)
         with self._use():
             all_ids = [self._prompt_ids(text) for text in ([input] if isinstance(input, str) else input)]
         rows = []
         for ids in all_ids:
             self._check_fits(len(ids))
-            with self._turns.take(), self._use():
+            watch.check()
+            with self._turns.take(watch), self._use():
                 rows.append(
                     embed(
                         self._model,
@@ -374,15 +395,21 @@ class Completions(LlamaBase):
                         pooling=self._pooling,
                         is_normalized=normalize,
                         loras=list(self._loras.items()),
-                        watch=Watch(),
+                        watch=watch,
                     )
                 )
         return rows[0] if isinstance(input, str) else rows
 
-    def create_embedding(self, input: str | Sequence[str | Sequence[int]]) -> responses.Embeddings:
+    def create_embedding(
+        self,
+        input: str | Sequence[str | Sequence[int]],
+        *,
+        timeout: float | None = None,
+        stop_event: threading.Event | None = None,
+    ) -> responses.Embeddings:
         """Return embeddings in OpenAI's shape, normalised; arguments and errors as ``embed``."""
         texts: list[str | Sequence[int]] = [input] if isinstance(input, str) else list(input)
-        rows = self.embed(texts, normalize=True)
+        rows = self.embed(texts, normalize=True, timeout=timeout, stop_event=stop_event)
         with self._use():
             n_tokens = sum(len(self._prompt_ids(text)) for text in texts)
         return responses.embeddings(self._model.path.name, [row.tolist() for row in rows], n_tokens)

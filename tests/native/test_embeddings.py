@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pyllama_dsv4 import Llama, errors
+from pyllama_dsv4 import AsyncLlama, Llama, errors
 from pyllama_dsv4.header import read_header
 
 MODEL = Path(__file__).resolve().parents[1] / "data" / "stock-q2_0.gguf"  # llama, one layer, 96 tokens
@@ -62,6 +64,22 @@ def test_openais_shape(llm: Llama) -> None:
     assert [d["index"] for d in answer["data"]] == [0, 1]
     assert np.asarray(answer["data"][1]["embedding"]).shape == (4, 128)
     assert answer["usage"] == {"prompt_tokens": 24, "total_tokens": 24}
+
+
+def test_embedding_stops_and_awaits(llm: Llama) -> None:
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(errors.CancelledError, match="stop_event"):
+        llm.embed([IDS], stop_event=stop)
+
+    async def main() -> None:
+        expected = llm.create_embedding([IDS])
+        async_llm = AsyncLlama(llm)
+        assert await async_llm.create_embedding([IDS]) == expected
+        with pytest.raises(errors.ContextFullError):
+            await async_llm.create_embedding([[1] * 65])
+
+    asyncio.run(main())
 
 
 def test_refusals(llm: Llama, tiny_model: Path) -> None:
