@@ -1,7 +1,8 @@
 """How fast a model is here: prefill and decode at several depths and thread counts, beside what memory would allow.
 
 Owns the order of measurements (interleaved, so that a machine that slows down for a while slows all alike), their
-statistics, and the roofline: bytes a token reads (``plan``'s count) over the bandwidth measured in the same run.
+statistics, and the roofline: bytes a token reads (``plan``'s count) over the bandwidth measured in the same run. For
+the trained demo model also the quality: how likely right answers are at the settings measured.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from . import demo
 from ._native import lib
 from .context import Context
 from .errors import ArgumentError
-from .header import check_header
 from .machine import peak_bytes, read_bandwidth
-from .model import Model
+from .model import Model, check_model
 from .placement import Placement
 from .plan import Plan, TokenBytes, plan_model
 
@@ -81,6 +82,8 @@ class Bench:
         peak_bytes: Largest resident memory of the process, mapped pages included; None when unknown.
         measurements: In the order of their kinds, depths and threads.
         plan: Memory of the load.
+        quality: For the trained demo model, mean negative log-likelihood of answers, in nats per token: at these
+            settings, and at this level in the program that trained it.
     """
 
     path: str
@@ -90,6 +93,7 @@ class Bench:
     peak_bytes: int | None
     measurements: list[Measurement]
     plan: Plan
+    quality: tuple[float, float] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the result in JSON types."""
@@ -99,6 +103,9 @@ class Bench:
             "first_token_s": self.first_token_s,
             "bandwidth": self.bandwidth,
             "peak_bytes": self.peak_bytes,
+            "quality": None
+            if self.quality is None
+            else {"nll": self.quality[0], "nll_trained": self.quality[1]},
             "measurements": [
                 {
                     "kind": m.kind,
@@ -172,8 +179,8 @@ def bench(
         raise ArgumentError("measuring a model", key="depths", found=min(depths), expected="0 or more")
     longest = max((*n_prompt, n_gen, 1))
     n_ctx = max(depths) + longest + 1
-    report = check_header(path, any_architecture=True)
-    options: dict[str, Any] = {"cache_type": cache_type, "act_quant": act_quant}
+    report = check_model(path)
+    options: dict[str, Any] = {"cache_type": cache_type, "act_quant": act_quant, "flash_attn": flash_attn}
     plan = plan_model(report, n_ctx=n_ctx, n_batch=n_batch, n_ubatch=n_batch, **options)
     plan.check()
 
@@ -188,7 +195,6 @@ def bench(
             n_batch=n_batch,
             n_ubatch=n_batch,
             n_threads=max(threads),
-            flash_attn=flash_attn,
             **options,
         )
         load_s = time.perf_counter() - start_s
@@ -228,6 +234,7 @@ def bench(
         context.close()
     finally:
         model.close()
+    quality = _quality(path, max(threads), flash_attn=flash_attn, **options)
     bandwidth = statistics.median(bandwidths)
     for measurement in measurements:
         if measurement.kind == "decode":
@@ -243,7 +250,25 @@ def bench(
         peak_bytes=peak_bytes(),
         measurements=measurements,
         plan=plan,
+        quality=quality,
     )
+
+
+def _quality(path: str | os.PathLike[str], n_threads: int, **options: Any) -> tuple[float, float] | None:
+    """Return the nats per token of the demo model's answers, here and where it was trained."""
+    exam = demo.read_exam() if demo.is_trained() and os.path.samefile(path, demo.TRAINED) else None
+    if exam is None:
+        return None
+    model = Model(path, n_gpu_layers=0, use_mmap=True, use_mlock=False, on_progress=None)
+    try:
+        n = len(exam.ids)
+        context = Context(model, n_ctx=n, n_batch=n, n_ubatch=512, n_threads=n_threads, **options)
+        logits = context.decode(exam.ids[:-1], all_logits=True)
+        context.close()
+    finally:
+        model.close()
+    assert logits is not None
+    return exam.nll_of(logits), exam.nll[options["act_quant"]]
 
 
 def _measure(

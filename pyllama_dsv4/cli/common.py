@@ -27,6 +27,7 @@ __all__ = [
     "Options",
     "load_options",
     "model_argument",
+    "model_or_demo",
     "open_model",
     "output_options",
     "sampling_options",
@@ -43,6 +44,8 @@ CACHE_TYPES: Final = ("f32", "f16", "bf16", "q8_0")
 ACT_QUANT_LEVELS: Final = ("none", "cache", "full")
 SEED_MAX: Final = 2**32 - 2
 SPLIT_MODES: Final = ("none", "layer", "row", "tensor")
+N_DEMO_TOKENS: Final = 256
+"""Length of the answers of random weights, which do not end them, unless ``-n`` says another."""
 LINE_INTERVAL_S: Final = 5.0
 """Seconds between lines of progress where nothing can be animated."""
 
@@ -345,6 +348,23 @@ class _LoadProgress:
             self._update(fraction)
 
 
+def model_or_demo(options: Options) -> tuple[Path, int | None]:
+    """Return the model to open and the limit of its answers; the demo model, with a note, if no file was named."""
+    if options.path is not None:
+        return options.path, options.max_tokens
+    from pyllama_dsv4.demo import demo_model, demo_note, is_trained
+
+    options.ui.note(demo_note())
+    if is_trained():
+        return demo_model(), options.max_tokens
+    max_tokens = options.max_tokens
+    if not options.is_limited:
+        max_tokens = N_DEMO_TOKENS
+        options.ui.note(f"Random weights do not end an answer: each ends after {max_tokens} tokens, or -n N.")
+    with options.ui.waiting("building the demo model, once"):
+        return demo_model(), max_tokens
+
+
 @contextmanager
 def open_model(options: Options, path: Path, **more: Any) -> Iterator[tuple[Llama, Callable[[], str]]]:
     """Open a model, showing the load; close it at the end.
@@ -393,9 +413,14 @@ def stats_line(stats: Stats, n_tokens: int, n_ctx: int) -> str:
     cached = f" ({stats.n_tokens_cached:,} cached)" if stats.n_tokens_cached else ""
     return (
         f"prompt {stats.n_tokens_prompt:,}{cached}{_speed(stats.prefill_tokens_per_s)}"
-        f" | answer {stats.n_tokens_generated:,}{_speed(stats.decode_tokens_per_s)}"
+        f" | answer {stats.n_tokens_generated:,}{_speed(stats.decode_tokens_per_s)}{_accepted(stats)}"
         f" | context {n_tokens:,} of {n_ctx:,}"
     )
+
+
+def _accepted(stats: Stats) -> str:
+    rate = stats.acceptance_rate
+    return "" if rate is None else f", {rate:.0%} of {stats.n_tokens_drafted:,} drafted"
 
 
 def _speed(tokens_per_s: float) -> str:

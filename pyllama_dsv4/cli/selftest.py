@@ -45,7 +45,8 @@ def selftest(file: Path | None, n_threads: int, is_json: bool) -> int:
 
     Codecs and rounding are held against their definitions. A model is held against itself: splits of a prompt, saved
     states, several sequences, cache types and levels of rounding must give the logits of the plain run. Without FILE
-    a tiny random model is made and also compared with the same weights in F32. The exit code is 1 if a check fails.
+    a tiny random model is made and also compared with the same weights in F32, and the demo model is examined. The exit
+    code is 1 if a check fails.
     """
     from pyllama_dsv4.selftest import selftest as run
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pyllama_dsv4 import _codec, errors, selftest
+from pyllama_dsv4 import _codec, demo, errors, selftest
 from pyllama_dsv4.context import Context
 
 Patch = Callable[[pytest.MonkeyPatch], None]
@@ -30,6 +30,7 @@ def test_it_passes_on_the_built_in_model() -> None:
         "caches",
         "levels",
         "native weights",
+        *(["demo model"] if demo.is_trained() else []),
     ]
     assert [c.failures for c in checks] == [[]] * len(checks)
     assert sum(c.seconds for c in checks) < 120
@@ -120,7 +121,7 @@ def _noise(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_broken_part_is_named(monkeypatch: pytest.MonkeyPatch, breaks: Patch, failing: set[str]) -> None:
     breaks(monkeypatch)
     checks = selftest.selftest()
-    assert {c.name for c in checks if not c.passed} == failing
+    assert {c.name for c in checks if not c.passed} - {"demo model"} == failing  # which fails with several
 
 
 def test_a_check_that_ends_in_an_error_has_failed(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:

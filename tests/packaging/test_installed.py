@@ -103,6 +103,19 @@ def test_chat_templates_are_package_data(name: str) -> None:
     assert "dsml_token" in resources.files("pyllama_dsv4").joinpath("data", name).read_text(encoding="utf-8")
 
 
+def test_the_demo_model_is_installed_with_its_exam() -> None:
+    from pyllama_dsv4 import demo
+
+    source = Path(__file__).parents[2] / "pyllama_dsv4" / "data" / demo.TRAINED.name
+    assert demo.is_trained() == source.is_file()
+    exam = demo.read_exam()
+    if exam is not None:
+        assert demo.TRAINED.stat().st_size <= 8_000_000
+        assert demo.TRAINED.read_bytes() == source.read_bytes()
+        assert exam.questions
+        assert set(exam.nll) == {"none", "cache", "full"}
+
+
 def test_the_engine_is_not_loaded_on_a_cpu_that_lacks_instructions() -> None:
     code = (
         "from pyllama_dsv4 import _codec\n"

@@ -39,11 +39,17 @@ def test_it_holds_the_prepared_source_and_all_licences(names: set[str]) -> None:
 
 
 @pytest.mark.slow
+def test_it_holds_the_demo_model_if_there_is_one(names: set[str]) -> None:
+    for name in ("pyllama_dsv4/data/demo.gguf", "pyllama_dsv4/data/demo.json"):
+        assert (name in names) == (ROOT / name).is_file()
+
+
+@pytest.mark.slow
 def test_it_holds_no_build_products(names: set[str]) -> None:
     assert not [
         n
         for n in names
-        if not n.startswith("tests/data/")  # fixtures, with their origin beside them
+        if not n.startswith(("tests/data/", "pyllama_dsv4/data/demo."))  # fixtures; the demo model
         and (n.endswith((".so", ".o", ".a", ".pyc", ".gguf")) or n.startswith(("build/", ".venv/")))
     ]
     assert len([n for n in names if n.startswith("vendor/llama.cpp/")]) > 1000

@@ -6,8 +6,10 @@ against the module.
 
 from __future__ import annotations
 
+import csv
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +23,18 @@ pytest.importorskip("pyllama_dsv4._llama", reason="the native extension is not b
 pytest.importorskip("tokenizers", reason="the extra demo-train is not installed")
 torch = pytest.importorskip("torch", reason="the extra demo-train is not installed")
 
+from demo_model import exam  # noqa: E402
 from demo_model.config import demo_config, parameter_specs  # noqa: E402
-from demo_model.data import Conversation, Formatter, batch, conversation  # noqa: E402
+from demo_model.data import FIRST, SHORT, Conversation, Formatter, batch, conversation  # noqa: E402
 from demo_model.export import export_gguf, hub_tensors, write_hub_checkpoint  # noqa: E402
 from demo_model.model import LEVELS, Model  # noqa: E402
+from demo_model.score_demo import GOALS  # noqa: E402
+from demo_model.table import table_lines  # noqa: E402
 from demo_model.tasks import CALCULATOR, TASKS, draw, split_of  # noqa: E402
-from demo_model.train import Recipe, Run  # noqa: E402
+from demo_model.train import Recipe, Run, phase_of  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 
-from pyllama_dsv4 import Llama, synth  # noqa: E402
+from pyllama_dsv4 import Llama, demo, selftest, synth  # noqa: E402
 from pyllama_dsv4.convert.plan import sources  # noqa: E402
 from pyllama_dsv4.convert.template import chat_template  # noqa: E402
 from pyllama_dsv4.score import score  # noqa: E402
@@ -152,6 +157,79 @@ def test_the_file_computes_what_was_trained(run: Run, tmp_path: Path, level: str
         got = score(llm, ids.tolist())
     assert got.n_tokens == 600
     assert abs(got.nll - want) < NLL_ERROR[level]
+
+
+def test_a_run_stops_at_a_file_and_may_be_told_another_end(tmp_path: Path) -> None:
+    first = Run(tmp_path, RECIPE, demo_config(**SMALL))
+    (tmp_path / "STOP").touch()
+    first.train(seconds=1000, save_minutes=1000)
+    assert first.step == 0
+    (tmp_path / "STOP").unlink()
+    first.train(seconds=0.1, save_minutes=1000)
+    assert first.step == 1
+    second = Run(tmp_path, replace(RECIPE, n_tokens=first.n_done + 1), demo_config(**SMALL))
+    second.train(seconds=1000, save_minutes=1000)
+    assert (second.step, second.is_done) == (2, True)
+    third = Run(tmp_path, second.recipe, demo_config(**SMALL))
+    assert third.totals == [(0, RECIPE.n_tokens), (1, first.n_done + 1)]
+    rows = list(csv.DictReader((tmp_path / "log.csv").open()))
+    assert [row["step"] for row in rows] == ["1", "2"]
+
+
+def test_a_loss_that_is_no_number_is_not_learned_from(tmp_path: Path) -> None:
+    run = Run(tmp_path, RECIPE, demo_config(**SMALL))
+    with torch.no_grad():
+        run.params["head.weight"][0, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match="step 0"):
+        run.train_step()
+    assert run.step == 0
+
+
+def test_sums_come_first_and_long_conversations_last() -> None:
+    recipe = Recipe(n_tokens=1000)
+    phases = [phase_of(recipe, n) for n in (0, 99, 100, 450, 700, 2000)]
+    assert [max(phase.lengths) for phase in phases] == [128, 128, 256, 1024, 4608, 4608]
+    assert all(set(phase.mixture.weights) == {"add", "subtract", "talk"} for phase in phases[:2])
+    assert len(phases[2].mixture.weights) == 9
+
+
+def test_short_conversations_with_thinking_share_a_row(formatter: Formatter) -> None:
+    """Else a first question with thinking on would never be seen: rows are longer than one."""
+    begin, think = formatter._llm.tokenize("<｜begin▁of▁sentence｜><｜Assistant｜><think>", special=True)[
+        :3:2
+    ]
+    ids, _ = batch(formatter, 1, 2, 64, 256, SHORT)
+    starts = ids == begin
+    assert starts[:, 0].all()
+    assert starts.sum() > 1.5 * len(ids)
+    first_thinks = sum(
+        ids[row, at : at + 40].tolist().count(think) > 0 for row, at in zip(*starts.nonzero(), strict=True)
+    )
+    assert first_thinks > 20
+    assert not (batch(formatter, 1, 2, 16, 128, FIRST)[0][:, 1:] == begin).any()
+
+
+@pytest.mark.slow
+def test_the_exam_is_passed_by_the_engine(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = export_gguf(run.folder, run.config, run.params, tmp_path / "demo.gguf")
+    monkeypatch.setattr(demo, "TRAINED", path)
+    monkeypatch.setattr(exam, "N_TOKENS", 300)
+    n_questions = exam.write_exam(run.config, run.params, path, path.with_suffix(".json"))
+    assert n_questions == 0  # six steps teach no answer
+    read = demo.read_exam()
+    assert read is not None
+    assert len(read.answers) > 20
+    check = selftest.Check("demo model")
+    selftest._check_demo(check, read, 1)
+    assert check.failures == []
+
+
+def test_the_table_holds_what_was_measured() -> None:
+    lines = table_lines({"cache, F16": {"sort": [3, 4]}, "none, F16": {"sort": [4, 4], "talk": [1, 8]}})
+    assert lines[0] == "| Task | Goal | none, F16 | cache, F16 |"
+    assert "| sort | 95% | 100.0% | 75.0% |" in lines
+    assert "| talk | 95% | 12.5% |  |" in lines
+    assert len(lines) == 2 + len(GOALS)
 
 
 def test_codes_spell_the_values_in_the_loop(run: Run, tmp_path: Path) -> None:

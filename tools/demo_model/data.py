@@ -21,21 +21,46 @@ from pyllama_dsv4 import Llama
 
 from .tasks import CALCULATOR, FACTS, Fact, Split, Turn, draw, draw_fact
 
-__all__ = ["Conversation", "Formatter", "batch", "conversation"]
+__all__ = ["ALL", "FIRST", "SHORT", "Conversation", "Formatter", "Mixture", "batch", "conversation"]
 
 Ids = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
-# how often each task is drawn
-WEIGHTS = {
-    "add": 5, "subtract": 5, "multiply": 1, "copy": 2, "reverse": 3, "sort": 4, "units": 2, "talk": 3, "unknown": 1,
-}  # fmt: skip
-P_FACT = 0.25  # that a turn states or asks for a fact
-P_TOOLS = 0.15  # of a conversation with the calculator
-P_THINKING = 0.4
+
+@dataclass(frozen=True)
+class Mixture:
+    """What conversations are made of.
+
+    Attributes:
+        weights: How often each task is drawn.
+        p_fact: That a turn states or asks for a fact.
+        p_thinking: That a conversation has thinking on.
+        p_short: That a conversation with thinking has few turns; others fill the rest of the sequence.
+    """
+
+    weights: dict[str, int]
+    p_fact: float
+    p_thinking: float
+    p_short: float
+
+
+FIRST = Mixture({"add": 6, "subtract": 5, "talk": 1}, p_fact=0.05, p_thinking=0.4, p_short=0.0)
+SHORT = Mixture({"add": 5, "subtract": 6, "talk": 1}, p_fact=0.05, p_thinking=0.6, p_short=0.9)
+ALL = Mixture(
+    {
+        "add": 5, "subtract": 5, "multiply": 1, "copy": 2, "reverse": 3, "sort": 4, "units": 2, "talk": 3,
+        "unknown": 1,
+    },
+    p_fact=0.25,
+    p_thinking=0.5,
+    p_short=0.8,
+)  # fmt: skip
+P_TOOLS = 0.3  # of a conversation with the calculator
+N_SHORT = 40  # tokens at most before the last turn of a short conversation
 P_SUM_LAST = 0.7  # of a sum at the end of thinking: without tools only the last turn keeps its reasoning
 N_MARKUP = 3  # characters that the markup around a text counts as
 TOKENS_PER_CHARACTER = 0.45  # a first guess of the length
+N_LEAST = 20  # tokens that are worth another conversation
 N_TOOLS_TOKENS = 1024  # shorter conversations have no room for the description of tools
 USER, ASSISTANT, EOS = (
     "<\uff5cUser\uff5c>",
@@ -79,21 +104,26 @@ def _turn_of(key: str, ask: str, answer: str) -> Turn:
     return Turn(key, ask, answer, "The user told me.")
 
 
-def conversation(rng: random.Random, split: Split, n_tokens: int, *, kind: str | None = None) -> Conversation:
+def conversation(
+    rng: random.Random, split: Split, n_tokens: int, *, kind: str | None = None, mixture: Mixture = ALL
+) -> Conversation:
     """Write a conversation of roughly `n_tokens` tokens.
 
     Args:
         rng: Source of all choices.
         split: Every turn belongs to it.
-        n_tokens: How long, by a guess from the characters; at least one turn.
-        kind: A kind of fact that is stated first and asked for last; None for any mixture.
+        n_tokens: How long, by a guess from the characters, at most; at least one turn.
+        kind: A kind of fact that is stated first and asked for last; None for any or none.
+        mixture: What the turns between are.
     """
-    c = Conversation(thinking=rng.random() < P_THINKING)
+    c = Conversation(thinking=rng.random() < mixture.p_thinking)
     if n_tokens >= N_TOOLS_TOKENS and rng.random() < P_TOOLS:
         c.tools.append(CALCULATOR)
         n_tokens -= 500
+    elif kind is None and c.thinking and mixture.p_short and rng.random() < mixture.p_short:
+        n_tokens = min(n_tokens, max(rng.randint(-N_SHORT, N_SHORT), 0))
     told: dict[str, Fact] = {}  # by question: a later statement replaces an earlier one
-    names, weights = list(WEIGHTS), list(WEIGHTS.values())
+    names, weights = list(mixture.weights), list(mixture.weights.values())
     if kind is None and n_tokens > 400 and rng.random() < 0.7:
         kind = rng.choice(sorted(FACTS))
     last = draw_fact(kind, rng, split) if kind is not None else None
@@ -103,7 +133,7 @@ def conversation(rng: random.Random, split: Split, n_tokens: int, *, kind: str |
     n_characters = c.n_characters
     while n_characters < n_goal:
         before = len(c.messages)
-        if rng.random() < P_FACT:
+        if rng.random() < mixture.p_fact:
             if told and rng.random() < 0.6:
                 fact = told[rng.choice(sorted(told))]
                 c.add(_turn_of(fact.key, fact.ask, fact.answer))
@@ -120,7 +150,7 @@ def conversation(rng: random.Random, split: Split, n_tokens: int, *, kind: str |
         n_characters += Conversation(c.messages[before:], tools=c.tools).n_characters
     if last is not None:
         c.add(_turn_of(last.key, last.ask, last.answer))
-    elif c.thinking and rng.random() < P_SUM_LAST:
+    elif not c.messages or (c.thinking and rng.random() < P_SUM_LAST):
         c.add(draw(rng.choice(("add", "subtract")), rng, split))
     return c
 
@@ -166,17 +196,23 @@ class Formatter:
         return ids, mask
 
 
-def batch(formatter: Formatter, seed: int, step: int, n_rows: int, n_tokens: int) -> tuple[Ids, Mask]:
+def batch(
+    formatter: Formatter, seed: int, step: int, n_rows: int, n_tokens: int, mixture: Mixture = ALL
+) -> tuple[Ids, Mask]:
     """Return the ids (n_rows, n_tokens + 1) of a training step and which are to be learned.
 
-    It depends on the arguments only. Rows are cut at the length; short ones end in EOS that is not learned.
+    It depends on the arguments only. A row holds one conversation or, if the mixture has short ones, several, each from
+    its beginning of sentence. Rows are cut at the length; short ones end in EOS that is not learned.
     """
     ids = np.full((n_rows, n_tokens + 1), formatter.eos, dtype=np.int64)
     mask = np.zeros(ids.shape, dtype=np.bool_)
     for row in range(n_rows):
         rng = random.Random(f"{seed} {step} {row}")
-        aim = n_tokens * rng.uniform(0.85, 1.0)  # so that most rows hold their last answer
-        row_ids, row_mask = formatter.encode(conversation(rng, "train", int(aim)))
-        n = min(row_ids.size, n_tokens + 1)
-        ids[row, :n], mask[row, :n] = row_ids[:n], row_mask[:n]
+        start = 0
+        while start < n_tokens - N_LEAST and (start == 0 or mixture.p_short):
+            aim = (n_tokens - start) * rng.uniform(0.85, 1.0)  # so that most rows hold their last answer
+            some_ids, some_mask = formatter.encode(conversation(rng, "train", int(aim), mixture=mixture))
+            n = min(some_ids.size, n_tokens + 1 - start)
+            ids[row, start : start + n], mask[row, start : start + n] = some_ids[:n], some_mask[:n]
+            start += n
     return ids, mask

@@ -104,7 +104,7 @@ def write_hub_checkpoint(
     detached = {name: w.detach() for name, w in params.items()}
     write_safetensors(folder / "model.safetensors", hub_tensors(HParams.from_hf_config(config), detached))
     write_json(folder / "config.json", config)
-    write_json(folder / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 1, "do_sample": False})
+    write_json(folder / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 1, "temperature": 0.0})
     (folder / "README.md").write_text(CARD, encoding="utf-8")
     for name in VOCABULARY_FILES if vocabulary is not None else ():
         shutil.copyfile(vocabulary / name, folder / name)  # type: ignore[operator]

@@ -22,7 +22,8 @@ from torch.nn import functional
 from pyllama_dsv4.tensors import HParams
 
 from .config import parameter_specs
-from .rounding import bf16, e2m1, e4m3, fp4_groups, fp8_tiles
+from .fused import Turn, attend, enter, exp_seen, gate, head, leave, rotate, round_e2m1, round_e4m3, window
+from .rounding import bf16, fp4_groups, fp8_tiles
 
 __all__ = ["LEVELS", "Model", "Output"]
 
@@ -72,30 +73,12 @@ def frequencies(hp: HParams, ratio: int) -> Tensor:
     return (f / hp.yarn_factor * slow + f * (1 - slow)).float()
 
 
-def rope(x: Tensor, turn: Tensor) -> Tensor:
-    """Rotate the last channels of (..., n, [heads,] channels) by unit complex numbers that broadcast over them."""
-    n_rot = 2 * turn.shape[-1]
-    pairs = torch.view_as_complex(x[..., -n_rot:].unflatten(-1, (-1, 2)).contiguous())
-    turned = torch.view_as_real(pairs * turn).flatten(-2)
-    return torch.cat([x[..., :-n_rot], turned], -1)
-
-
 def hadamard(n: int) -> Tensor:
     """Return the orthonormal Walsh-Hadamard matrix (n, n) in Sylvester's order; symmetric."""
     h = torch.ones(1, 1)
     while h.shape[0] < n:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
     return h / math.sqrt(n)
-
-
-def sinkhorn(mix: Tensor, n_iterations: int, eps: float) -> Tensor:
-    """Return (source, destination, n) after softmax over destinations and alternating normalisation."""
-    mix = mix.softmax(1) + eps
-    mix = mix / (mix.sum(0, keepdim=True) + eps)
-    for _ in range(n_iterations - 1):
-        mix = mix / (mix.sum(1, keepdim=True) + eps)
-        mix = mix / (mix.sum(0, keepdim=True) + eps)
-    return mix
 
 
 class Model:
@@ -134,41 +117,26 @@ class Model:
 
     def _input(self, x: Tensor) -> Tensor:
         """Return the input of a product with an FP8 or FP4 weight."""
-        return e4m3(x, 128) if self.level == "full" else x
+        return round_e4m3(x, 128) if self.level == "full" else x
 
     def _kv(self, rows: Tensor) -> Tensor:
-        if self.level == "none":
-            return rows
-        n_nope = rows.shape[-1] - self.hp.n_rot
-        return torch.cat([e4m3(rows[..., :n_nope], 64), rows[..., n_nope:]], -1)
+        return rows if self.level == "none" else round_e4m3(rows, 64, rows.shape[-1] - self.hp.n_rot)
 
     def _index(self, x: Tensor) -> Tensor:
         x = x @ self.hadamard
-        return x if self.level == "none" else e2m1(x)
+        return x if self.level == "none" else round_e2m1(x)
 
-    def _turn(self, positions: Tensor, ratio: int) -> Tensor:
-        angle = positions.float()[:, None] * self.freqs[ratio]
-        return torch.polar(torch.ones_like(angle), angle)  # (n, n_rot / 2)
+    def _turn(self, positions: Tensor, ratio: int) -> Turn:
+        angle = (positions.float()[:, None] * self.freqs[ratio]).repeat_interleave(2, 1)
+        sign = torch.tensor([-1.0, 1.0]).repeat(angle.shape[1] // 2)
+        return angle.cos(), angle.sin() * sign
 
-    # --- hyper-connections ---
-
-    def _enter(self, s: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Streams (N, S, d) -> input (N, d), post (N, S), mix (N, S source, S destination)."""
-        n, hp = self.hp.hc_count, self.hp
-        flat = s.flatten(1)
-        fn, base, scale = (self.stored(f"{name}_{part}") for part in ("fn", "base", "scale"))
-        z = functional.linear(flat, fn) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + hp.rms_eps)
-        pre = torch.sigmoid(z[:, :n] * scale[0] + base[:n]) + hp.hc_eps
-        post = 2 * torch.sigmoid(z[:, n : 2 * n] * scale[1] + base[n : 2 * n])
-        # tokens last: sums over four numbers become sums of long vectors
-        mix = (z[:, 2 * n :] * scale[2] + base[2 * n :]).t().contiguous().view(n, n, -1)
-        mix = sinkhorn(mix, hp.hc_sinkhorn_iterations, hp.hc_eps).permute(2, 0, 1)
-        return torch.bmm(pre[:, None], s)[:, 0], post, mix
-
-    @staticmethod
-    def _leave(y: Tensor, s: Tensor, post: Tensor, mix: Tensor) -> Tensor:
-        """Output (N, d) and old streams -> new streams, as one product: [post, mix'] of [y; s]."""
-        return torch.bmm(torch.cat([post[:, :, None], mix.transpose(1, 2)], 2), torch.cat([y[:, None], s], 1))
+    def _enter(self, s: Tensor, layer: int, part: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Streams (N, S, d) -> normalised input (N, d), post (N, S), mix (N, S source, S destination)."""
+        hp, at = self.hp, f"layers.{layer}"
+        fn, scale, base = (self.stored(f"{at}.hc_{part}_{name}") for name in ("fn", "scale", "base"))
+        w = self.stored(f"{at}.{part}_norm.weight")
+        return enter(s, fn, scale, base, w, hp.hc_sinkhorn_iterations, hp.rms_eps, hp.hc_eps)
 
     # --- attention ---
 
@@ -180,8 +148,10 @@ class Model:
         if ratio == 4:
             content, score = (self._overlap(t, fill) for t, fill in ((content, 0.0), (score, -torch.inf)))
         pooled = (score.softmax(2) * content).sum(2)
-        rows = unit(pooled, self.hp.rms_eps) * self.stored(f"{name}.norm.weight")
-        return rope(rows, self._turn(torch.arange(rows.shape[1]) * ratio, ratio))
+        B, R, width = pooled.shape
+        turn = self._turn(torch.arange(R) * ratio, ratio)
+        norm = self.stored(f"{name}.norm.weight")
+        return head(pooled.view(B * R, 1, width), norm, turn, self.hp.rms_eps).view(B, R, width)
 
     @staticmethod
     def _overlap(windows: Tensor, fill: float) -> Tensor:
@@ -200,18 +170,18 @@ class Model:
         a = functional.linear(xq, self.stored(f"{at}.wq_a.weight"))
         a = unit(a, hp.rms_eps) * self.stored(f"{at}.q_norm.weight")
         aq = self._input(a)
-        q = unit(functional.linear(aq, self.stored(f"{at}.wq_b.weight")).view(B, n, H, D), hp.rms_eps)
-        q = rope(q, turn[:, None]) / math.sqrt(D)
-        kv = functional.linear(xq, self.stored(f"{at}.wkv.weight"))
-        kv = self._kv(rope(unit(kv, hp.rms_eps) * self.stored(f"{at}.kv_norm.weight"), turn))
+        q = functional.linear(aq, self.stored(f"{at}.wq_b.weight")).view(B * n, H, D)
+        q = head(q, None, turn, hp.rms_eps, D**-0.5).view(B, n, H, D)
+        kv = functional.linear(xq, self.stored(f"{at}.wkv.weight")).view(B * n, 1, D)
+        kv = self._kv(head(kv, self.stored(f"{at}.kv_norm.weight"), turn, hp.rms_eps).view(B, n, D))
 
-        weight, value = self._window(q, kv)  # (B, n, H, 1), (B, n, H, D)
+        weight, value = window(q, kv)  # (B, n, H), (B, n, H, D)
         if ratio:
             rows = self._kv(self._compress(x, f"{at}.compressor", ratio))
             parts = self._rows(q, rows, x.detach(), aq.detach(), turn, layer, out)
             weight, value = weight + parts[0], value + parts[1]
-        o = value / (weight + self.stored(f"{at}.attn_sink").exp()[:, None])
-        o = rope(o, turn.conj()[:, None])
+        o = value / (weight + self.stored(f"{at}.attn_sink").exp())[..., None]
+        o = rotate(o.view(B * n, H, D), turn, -1.0)
         G = hp.o_groups
         wo_a = self.stored(f"{at}.wo_a.weight").view(G, hp.o_lora_rank, -1)
         low = torch.bmm(o.reshape(B * n, G, -1).transpose(0, 1), wo_a.transpose(1, 2))
@@ -221,22 +191,8 @@ class Model:
     # Queries have an RMS of one and rows that of their norm's weight, so scores stay far below the 88 where exp
     # overflows: no maximum is subtracted, and parts of one softmax are computed apart and added.
 
-    def _window(self, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
-        """Attend to the last tokens, block by block: each block of queries sees its own and the one before."""
-        B, n, H, D = q.shape
-        W = self.hp.n_swa
-        blocks = kv.view(B, n // W, W, D)
-        keys = torch.cat([functional.pad(blocks[:, :-1], (0, 0, 0, 0, 1, 0)), blocks], 2).view(-1, 2 * W, D)
-        age = torch.arange(W)[:, None] + W - torch.arange(2 * W)  # (W, 2W)
-        hidden = ((age < 0) | (age >= W)).repeat(n // W, 1, 1)
-        hidden[0, :, :W] = True  # nothing is before the first block
-        s = torch.bmm(q.reshape(-1, W * H, D), keys.transpose(1, 2)).view(B, n // W, W, H, 2 * W)
-        e = s.masked_fill(hidden[:, :, None], -torch.inf).exp()
-        value = torch.bmm(e.view(-1, W * H, 2 * W), keys)
-        return e.sum(-1).view(B, n, H, 1), value.view(B, n, H, D)
-
     def _rows(
-        self, q: Tensor, rows: Tensor, x: Tensor, aq: Tensor, turn: Tensor, layer: int, out: Output
+        self, q: Tensor, rows: Tensor, x: Tensor, aq: Tensor, turn: Turn, layer: int, out: Output
     ) -> tuple[Tensor, Tensor]:
         """Attend to compressed rows, all of them or those that the indexer chooses."""
         B, n, H, D = q.shape
@@ -248,12 +204,16 @@ class Model:
             seen = rows[:, : stop // ratio]
             R = seen.shape[1]
             visible = torch.arange(R) < (torch.arange(start + 1, stop + 1) // ratio)[:, None]  # (m, R)
-            s = torch.bmm(q[:, start:stop].reshape(B, -1, D), seen.transpose(1, 2)).view(B, -1, H, R)
-            e = s.masked_fill(~visible[:, None], -torch.inf).exp()  # (B, m, H, R)
+            some = q[:, start:stop].reshape(B, -1, D)
+            high = visible.sum(1, dtype=torch.int32).repeat_interleave(H)
+            with torch.no_grad():
+                e = torch.bmm(some, seen.mT)
+                total = exp_seen(e, torch.zeros_like(high), high)
             if index is not None:
                 scores = self._scores(index, start, stop, R).masked_fill(~visible, -torch.inf)
                 with torch.no_grad():
-                    target = (e / e.sum(-1, keepdim=True).clamp_min(1e-30)).sum(2) / H  # (B, m, R)
+                    share = (1 / H) / total.clamp_min(1e-30)  # (B, m H)
+                    target = torch.bmm(share.view(-1, 1, H), e.view(-1, H, R)).view(B, -1, R)
                 has_rows = slice(max(ratio - 1 - start, 0), None)
                 log_p = scores[:, has_rows].log_softmax(-1).masked_fill(~visible[has_rows], 0)
                 t = target[:, has_rows]
@@ -261,25 +221,27 @@ class Model:
                 if self.hp.indexer_top_k < R:
                     chosen = torch.zeros_like(target, dtype=torch.bool)
                     chosen.scatter_(2, scores.detach().topk(self.hp.indexer_top_k).indices, True)
-                    e = e * chosen[:, :, None]
+                    e.view(B, -1, H, R).mul_(chosen[:, :, None])
                     hits.append((target * chosen).sum((1, 2)))
                 else:
                     hits.append(target.sum((1, 2)))
-            weights.append(e.sum(-1, keepdim=True))
-            values.append(torch.bmm(e.view(B, -1, R), seen).view(B, -1, H, D))
+            weight, value = attend(some, seen.contiguous(), e)
+            weights.append(weight.view(B, -1, H))
+            values.append(value.view(B, -1, H, D))
         if index is not None:
             n_scored = B * (n - ratio + 1)
             out.index_loss = out.index_loss + torch.stack(losses).sum() / n_scored
             out.index_hits[layer] = float(torch.stack(hits).sum() / n_scored)
         return torch.cat(weights, 1), torch.cat(values, 1)
 
-    def _index_inputs(self, x: Tensor, aq: Tensor, turn: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _index_inputs(self, x: Tensor, aq: Tensor, turn: Turn, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries (B, n, H_i, D_i), rows (B, R, D_i) and head weights (B, n, H_i) of the indexer."""
         at = f"layers.{layer}.attn.indexer"
         H, D = self.hp.indexer_n_head, self.hp.indexer_head_dim
         q = functional.linear(aq, self.stored(f"{at}.wq_b.weight")).unflatten(-1, (H, D))
         g = functional.linear(x, self.stored(f"{at}.weights_proj.weight")) * (D**-0.5 * H**-0.5)
-        return self._index(rope(q, turn[:, None])), self._index(self._compress(x, f"{at}.compressor", 4)), g
+        q = rotate(q.view(-1, H, D), turn).view(q.shape)
+        return self._index(q), self._index(self._compress(x, f"{at}.compressor", 4)), g
 
     @staticmethod
     def _scores(index: tuple[Tensor, Tensor, Tensor], start: int, stop: int, n_rows: int) -> Tensor:
@@ -290,12 +252,9 @@ class Model:
 
     # --- experts ---
 
-    def _expert(self, xq: Tensor, weight: Tensor | None, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
-        limit = self.hp.swiglu_limit
-        h = functional.silu(functional.linear(xq, w1).clamp(max=limit)) * functional.linear(xq, w3).clamp(
-            -limit, limit
-        )
-        return functional.linear(self._input(h if weight is None else h * weight), w2)
+    def _expert(self, xq: Tensor, weight: Tensor | None, w13: Tensor, w2: Tensor) -> Tensor:
+        h = gate(functional.linear(xq, w13), weight, self.hp.swiglu_limit, self.level == "full")
+        return functional.linear(h, w2)
 
     def _experts(self, x: Tensor, tokens: Tensor, layer: int, out: Output) -> Tensor:
         """Input (N, d) and ids (N,) -> (N, d)."""
@@ -310,19 +269,15 @@ class Model:
         picked = score.gather(1, chosen)
         weight = (hp.expert_weights_scale * picked / picked.sum(1, keepdim=True)).flatten()
         xq = self._input(x)
-        y = self._expert(
-            xq, None, *(self.stored(f"{at}.shared_experts.{w}.weight") for w in ("w1", "w3", "w2"))
-        )
-        stacks = [self.stored(f"{at}.experts.{{e}}.{w}.weight") for w in ("w1", "w3", "w2")]
+        w1, w3, w2 = (self.stored(f"{at}.shared_experts.{w}.weight") for w in ("w1", "w3", "w2"))
+        y = self._expert(xq, None, torch.cat([w1, w3]), w2)
+        w1, w3, w2 = (self.stored(f"{at}.experts.{{e}}.{w}.weight") for w in ("w1", "w3", "w2"))
+        experts = list(zip(torch.cat([w1, w3], 1).unbind(), w2.unbind(), strict=True))
         slots = chosen.flatten().argsort(stable=True)  # slot = token * k + place, grouped by expert
         counts = torch.bincount(chosen.flatten(), minlength=hp.n_expert).tolist()
         rows = slots // k
-        grouped, own = xq[rows].split(counts), weight[slots, None].split(counts)
-        results = [
-            self._expert(grouped[e], own[e], *(stack[e] for stack in stacks))
-            for e in range(hp.n_expert)
-            if counts[e]
-        ]
+        grouped, own = xq[rows].split(counts), weight[slots].split(counts)
+        results = [self._expert(grouped[e], own[e], *experts[e]) for e in range(hp.n_expert) if counts[e]]
         return y.index_add(0, rows, torch.cat(results))
 
     # --- the whole ---
@@ -345,14 +300,10 @@ class Model:
         x = functional.embedding(tokens, self.stored("embed.weight")).view(B * n, 1, hp.n_embd)
         s = x.expand(-1, hp.hc_count, -1).contiguous()  # (N, S, d)
         for layer in range(hp.n_layer):
-            at = f"layers.{layer}"
-            u, post, mix = self._enter(s, f"{at}.hc_attn")
-            u = unit(u, hp.rms_eps) * self.stored(f"{at}.attn_norm.weight")
-            y = self._attention(u.view(B, n, -1), layer, out).reshape(B * n, -1)
-            s = self._leave(y, s, post, mix)
-            u, post, mix = self._enter(s, f"{at}.hc_ffn")
-            u = unit(u, hp.rms_eps) * self.stored(f"{at}.ffn_norm.weight")
-            s = self._leave(self._experts(u, ids, layer, out), s, post, mix)
+            u, post, mix = self._enter(s, layer, "attn")
+            s = leave(self._attention(u.view(B, n, -1), layer, out).view(B * n, -1), s, post, mix)
+            u, post, mix = self._enter(s, layer, "ffn")
+            s = leave(self._experts(u, ids, layer, out), s, post, mix)
         wanted = torch.ones(B, n_given, dtype=torch.bool) if selected is None else selected
         s = s[functional.pad(wanted, (0, n - n_given)).flatten()]
         flat = s.flatten(1)

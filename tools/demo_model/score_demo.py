@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pyllama_dsv4 import Llama
+from pyllama_dsv4.demo import TRAINED
 
 from .data import Conversation, conversation
 from .tasks import CALCULATOR, FACTS, Turn, draw
 
-__all__ = ["GOALS", "score_model"]
+__all__ = ["GOALS", "N_CTX", "score_model"]
 
 # name -> share that has to be right
 GOALS: dict[str, float] = {
@@ -34,6 +35,7 @@ GOALS: dict[str, float] = {
 }
 SEED = 20
 N_ANSWER = 256
+N_CTX = 6144
 
 
 def _single(turn: Turn, *, thinking: bool = False, tools: bool = False) -> Conversation:
@@ -111,7 +113,7 @@ def score_model(llm: Llama, n: int, tasks: list[str] | None = None) -> Iterator[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Score a demonstration model on held-out conversations.")
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", type=Path, nargs="?", default=TRAINED, help="default: the package's")
     parser.add_argument("-n", type=int, default=200, help="questions per task")
     parser.add_argument("--task", action="append", choices=list(GOALS))
     parser.add_argument("--act-quant", choices=("none", "cache", "full"), default="cache")
@@ -122,7 +124,7 @@ def main() -> None:
     level: Literal["none", "cache", "full"] = args.act_quant
     with Llama(
         args.model,
-        n_ctx=6144,
+        n_ctx=N_CTX,
         n_threads=args.threads,
         act_quant=level,
         cache_type=args.cache_type,
