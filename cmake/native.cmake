@@ -15,6 +15,10 @@ file(GLOB _ggml_cpu_sources CONFIGURE_DEPENDS ${PYLLAMA_DSV4_NATIVE}/ggml/cpu/*.
 target_sources(ggml-cpu PRIVATE ${_ggml_cpu_sources})
 target_include_directories(ggml-cpu PUBLIC ${PYLLAMA_DSV4_NATIVE}/ggml/cpu)
 
+if (GGML_CUDA)
+    include(cmake/cuda-kernels.cmake)
+endif()
+
 if (_llama_sources)
     target_sources(llama PRIVATE ${_llama_sources})
     # upstream builds its models as one unit; ours keep their own file scope

@@ -16,11 +16,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from . import errors
+from . import _cublas, errors
 
 
 def _is_missing(module: str, error: ImportError) -> ImportError:
-    if (Path(__file__).parent.parent / "pyproject.toml").exists():
+    if "libcublas" in str(error):
+        advice = f"It was built for NVIDIA GPUs and needs cuBLAS: {_cublas.advice(error)}"
+    elif (Path(__file__).parent.parent / "pyproject.toml").exists():
         advice = (
             "Python found the source folder instead of an installed package: run `pip install .` here and start "
             "Python elsewhere, use .venv/bin/pyllama-dsv4 after `make chat`, or install with `pip install -e .`"
@@ -46,7 +48,12 @@ if missing_cpu_features():  # an instruction that a CPU lacks would end the proc
     )
 
 try:
-    from ._llama import ffi, lib
+    try:
+        from ._llama import ffi, lib
+    except ImportError as first:
+        if not _cublas.load_for(first):
+            raise
+        from ._llama import ffi, lib
 except ImportError as error:
     raise _is_missing("native", error) from error
 

@@ -22,6 +22,7 @@ from .context import Context
 from .errors import ArgumentError
 from .machine import peak_bytes, read_bandwidth
 from .model import Model, check_model
+from .placement import Placement
 from .plan import Plan, TokenBytes, plan_model
 
 __all__ = ["Bench", "Measurement", "bench"]
@@ -142,6 +143,8 @@ def bench(
     cache_type: str = "f16",
     act_quant: Literal["none", "cache", "full"] = "cache",
     flash_attn: Literal["auto", "on", "off"] = "auto",
+    n_gpu_layers: int = 0,
+    n_cpu_moe: int = 0,
     on_progress: Callable[[int, int], object] | None = None,
 ) -> Bench:
     """Measure a model.
@@ -155,6 +158,8 @@ def bench(
         n_batch: Tokens evaluated at once.
         repetitions: Of each measurement, in turns.
         cache_type, act_quant, flash_attn: As for ``Llama``.
+        n_gpu_layers, n_cpu_moe: As for ``Llama``, but nothing goes to a GPU by itself; with GPUs there is no bound,
+            because only the host's memory is measured.
         on_progress: Called with the measurements done and their number.
 
     Raises:
@@ -180,7 +185,9 @@ def bench(
     plan.check()
 
     start_s = time.perf_counter()
-    model = Model(path, n_gpu_layers=0, use_mmap=True, use_mlock=False, on_progress=None)
+    placement = Placement(n_gpu_layers=n_gpu_layers, n_cpu_moe=n_cpu_moe)
+    placement.check_devices()
+    model = Model(path, placement=placement)
     try:
         context = Context(
             model,
@@ -234,7 +241,7 @@ def bench(
             # the caches that attention looks at grow with the tokens in them
             seen = plan_model(report, n_ctx=measurement.depth + n_gen, n_batch=n_batch, **options).token
             measurement.token = seen
-            measurement.bound = bandwidth / seen.total
+            measurement.bound = bandwidth / seen.total if n_gpu_layers == 0 else None
     return Bench(
         path=os.fspath(path),
         load_s=load_s,

@@ -6,11 +6,12 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from ._native import check_ptr, encode_path, ffi, lib, run_cancellable, text
 from .errors import ClosedError, ModelLoadError, UnsupportedModelError
 from .header import HeaderReport, check_header, read_header
+from .placement import Placement
 
 __all__ = ["Model", "check_model"]
 
@@ -58,13 +59,16 @@ class Model:
 
     Args:
         path: GGUF file (first shard of a split model). Check it with ``header.check_header`` first.
-        n_gpu_layers: Layers placed on GPUs; negative means all.
+        n_gpu_layers: Layers placed on GPUs; negative means all. Ignored where `placement` is given.
         use_mmap: Map the file instead of reading it into memory.
         use_mlock: Keep the pages in memory.
         use_extra_bufts: Let the CPU backend repack weights into new memory. Never for DeepSeek-V4: the repacked
             copy would be as large as the file.
         vocab_only: Load metadata and vocabulary only: for tokens and templates.
         devices: ``ggml_backend_dev_t`` that layers may be placed on; empty lets the engine choose.
+        placement: Where the model is to lie, in full.
+        context_params: ``llama_context_params`` for which memory is left where the placement is found automatically.
+        load_mtp: Load prediction blocks as well: the file is a draft model.
         on_progress: Called with the fraction 0..1 about every 50 ms; returning False cancels the load.
 
     Raises:
@@ -78,19 +82,24 @@ class Model:
         self,
         path: str | os.PathLike[str],
         *,
-        n_gpu_layers: int = 0,
+        n_gpu_layers: int | Literal["auto"] = 0,
         use_mmap: bool = True,
         use_mlock: bool = False,
         use_extra_bufts: bool = False,
         vocab_only: bool = False,
         devices: Sequence[Any] = (),
+        placement: Placement | None = None,
+        context_params: Any = None,
+        load_mtp: bool = False,
         on_progress: Callable[[float], bool] | None = None,
     ) -> None:
         self.path = Path(path)
         params = lib.llama_model_default_params()
-        params.n_gpu_layers = n_gpu_layers
+        placement = Placement(n_gpu_layers=n_gpu_layers) if placement is None else placement
         params.load_mode = _load_mode(use_mmap, use_mlock)
         params.use_extra_bufts = use_extra_bufts
+        placed = placement.apply(params, path, context_params)
+        params.load_mtp = load_mtp
         params.vocab_only = vocab_only
         c_devices = ffi.new("ggml_backend_dev_t[]", [*devices, ffi.NULL])
         if devices:
@@ -105,6 +114,7 @@ class Model:
 
         on_poll = None if on_progress is None else lambda: on_progress(float(monitor.progress))
         self._pointer = ffi.gc(run_cancellable(load, monitor, on_poll), lib.llama_model_free)
+        ffi.release(placed)  # the load has read it
 
     @property
     def pointer(self) -> Any:

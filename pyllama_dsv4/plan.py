@@ -288,13 +288,13 @@ def plan_model(
     report: HeaderReport,
     *,
     n_ctx: int = N_CTX_DEFAULT,
+    n_seq: int = 1,
     n_batch: int | None = None,
     n_ubatch: int = N_UBATCH_DEFAULT,
     cache_type: str = "f16",
     act_quant: Literal["none", "cache", "full"] = "cache",
     flash_attn: Literal["auto", "on", "off"] = "auto",
     is_mapped: bool = True,
-    n_seq: int = 1,
     gpu_bytes: Sequence[int] = (),
     gpu_names: Sequence[str] = (),
     n_gpu_layers: int | None = None,
@@ -309,13 +309,13 @@ def plan_model(
     Args:
         report: The checked header.
         n_ctx: Tokens of context.
+        n_seq: Sequences that are in the cache at once, each of `n_ctx` tokens.
         n_batch: Tokens per call at most; None takes `n_ubatch`.
         n_ubatch: Tokens evaluated at once.
         cache_type: Key of ``CACHE_BYTES``.
         act_quant: What is rounded as in DeepSeek's own code: nothing, rows that are cached, or inputs of products too.
         flash_attn: Attention in one operation; ``off`` keeps the scores of all heads in memory.
         is_mapped: The file is mapped and not locked in memory.
-        n_seq: Sequences that are kept at the same time, each with `n_ctx` tokens.
         gpu_bytes: Memory of each GPU.
         gpu_names: What they are called: workers on other machines count as GPUs. Empty numbers them.
         n_gpu_layers: Layers on GPUs, from the last to the first, the output layer counting as one; negative means
@@ -336,7 +336,7 @@ def plan_model(
         raise _bad_argument("act_quant", repr(act_quant), "none, cache, full")
     if flash_attn not in ("auto", "on", "off"):
         raise _bad_argument("flash_attn", repr(flash_attn), "auto, on, off")
-    for name, value in (("n_ctx", n_ctx), ("n_batch", n_batch), ("n_ubatch", n_ubatch), ("n_seq", n_seq)):
+    for name, value in (("n_ctx", n_ctx), ("n_seq", n_seq), ("n_batch", n_batch), ("n_ubatch", n_ubatch)):
         if value is not None and not 1 <= value < 2**31:
             raise _bad_argument(name, value, "a number from 1 to 2^31-1")
     for name, rate in (
@@ -435,7 +435,7 @@ class _Sizes:
             caches = [other.cache(il, n_cells, CACHE_BYTES[cache_type]) for il in range(other.n_layer)]
             compute = other.compute(batch, n_cells, has_flash_attn)
             n_used, n_expert = other.n_expert_used, other.n_expert
-        caches = [(n_seq * n_bytes, n_read) for n_bytes, n_read in caches]
+        caches = [(n_seq * cache, token) for cache, token in caches]
         return cls._sum(header, caches, compute, n_used, n_expert)
 
     @classmethod

@@ -10,12 +10,14 @@ import errno
 import os
 import signal
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 from ._native import check, drain_log, encode_path, ffi, lib
 from .context import ACT_QUANT_LEVELS
 from .errors import ArgumentError, ServerError
 from .model import check_model
+from .placement import Placement
 from .plan import N_CTX_DEFAULT, N_UBATCH_DEFAULT, Plan, plan_model
 from .rpc import device_plan, endpoints, rpc_devices
 
@@ -39,7 +41,12 @@ def run_server(
     n_batch: int = N_UBATCH_DEFAULT,
     n_ubatch: int = N_UBATCH_DEFAULT,
     n_threads: int | None = None,
-    n_gpu_layers: int | str = "auto",
+    n_gpu_layers: int | Literal["auto"] = "auto",
+    n_cpu_moe: int = 0,
+    tensor_overrides: Mapping[str, str] | None = None,
+    split_mode: str = "layer",
+    main_gpu: int = 0,
+    tensor_split: Sequence[float] = (),
     use_mmap: bool = True,
     use_mlock: bool = False,
     cache_type: str = "f16",
@@ -78,6 +85,7 @@ def run_server(
     """
     if act_quant not in ACT_QUANT_LEVELS:
         raise ArgumentError("serving", key="act_quant", found=act_quant, expected=", ".join(ACT_QUANT_LEVELS))
+    placement = Placement(n_gpu_layers, n_cpu_moe, tensor_overrides or {}, split_mode, main_gpu, tensor_split)
     report = check_model(path)
     devices = rpc_devices(rpc)
     if devices and n_gpu_layers == "auto":
@@ -97,6 +105,7 @@ def run_server(
     if on_plan is not None:
         on_plan(plan)
     plan.check()
+    placement.check_devices()
     _check_port(host, port)
     check(lib.pyl_act_quant_set_default(ACT_QUANT_LEVELS[act_quant]), "setting the level of rounding")
     options = {
@@ -113,6 +122,13 @@ def run_server(
         "-lv": _LEVELS[log],
         "--log-colors": "on" if use_color else "off",
         **({} if n_gpu_layers == "auto" else {"-ngl": "all" if n_gpu_layers == -1 else n_gpu_layers}),
+        **({"-ncmoe": n_cpu_moe} if n_cpu_moe else {}),
+        **(
+            {"-ot": ",".join("=".join(pair) for pair in tensor_overrides.items())} if tensor_overrides else {}
+        ),
+        **({"-ts": ",".join(map(str, tensor_split))} if tensor_split else {}),
+        "-sm": split_mode,
+        "-mg": main_gpu,
         **({} if n_slots is None else {"-np": n_slots}),
         **({"--rpc": ",".join(endpoints(rpc))} if devices else {}),
         **({} if api_key is None else {"--api-key": api_key}),

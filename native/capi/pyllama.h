@@ -86,6 +86,41 @@ int32_t pyl_state_seq_load(struct llama_context * ctx, int32_t seq_id, const uin
 // Copy the logits of token i of the last decoded batch (-1: the last output) to out[n_vocab].
 int32_t pyl_logits_copy(struct llama_context * ctx, int32_t i, float * out, int32_t n_vocab);
 
+// Copy the embedding of sequence seq_id (with pooling) or of token i of the last batch (seq_id < 0) to out[n_embd].
+int32_t pyl_embedding_copy(struct llama_context * ctx, int32_t seq_id, int32_t i, float * out, int32_t n_embd);
+
+// --- speculative decoding ---
+
+enum pyl_draft_kind {
+    PYL_DRAFT_MTP    = 0, // a prediction block, in a context of type LLAMA_CONTEXT_TYPE_MTP
+    PYL_DRAFT_DSPARK = 1,
+    PYL_DRAFT_DFLASH = 2,
+};
+
+struct pyl_draft; // a draft model at work beside sequence 0 of a context
+
+// Whether a model can draft for another; to be asked before it gets a context, which asserts that it does.
+int32_t pyl_draft_check(const struct llama_model * target, const struct llama_model * model, enum pyl_draft_kind kind);
+
+// Both contexts must outlive the result; `context` is the draft model's and was made with `target` as ctx_other and the
+// same monitor. `target` must be able to drop n_max tokens (n_rs_seq). NULL on failure.
+struct pyl_draft * pyl_draft_init(struct llama_context * target, struct llama_context * context,
+        enum pyl_draft_kind kind, int32_t n_max, struct pyl_monitor * monitor);
+void               pyl_draft_free(struct pyl_draft * draft);
+
+// After every pyl_decode of `target`, with the same tokens: what the draft model has to know of them.
+int32_t pyl_draft_process(struct pyl_draft * draft, const int32_t * tokens, int32_t n_tokens, int32_t pos);
+
+// Propose what follows `token`, which is to be evaluated at pos, in out[n_max]. Returns the number of tokens, which may
+// be 0, or a pyl_status.
+int32_t pyl_draft_propose(struct pyl_draft * draft, int32_t token, int32_t pos, int32_t n_max, int32_t * out);
+
+// Of the last proposal n_accepted were right: drop everything from pos on, in both caches.
+int32_t pyl_draft_accept(struct pyl_draft * draft, int32_t n_accepted, int32_t pos);
+
+// Forget all tokens of the draft model; what comes next may be at any position.
+void pyl_draft_clear(struct pyl_draft * draft);
+
 // --- sampling ---
 
 struct pyl_sampler; // a grammar, if one was set, and upstream's sampler chain; for one thread at a time
@@ -222,6 +257,27 @@ struct pyl_worker {
 // Lend this machine to one client after the other until `cancel` is set. host is an IPv4 address; cache_dir may be NULL.
 int32_t pyl_rpc_serve(const char * host, int32_t port, const char * cache_dir, int32_t n_threads,
         struct pyl_worker * worker);
+
+// --- placement ---
+
+struct pyl_placement;
+
+struct pyl_placement * pyl_placement_init(void);
+void pyl_placement_free(struct pyl_placement * placement);
+
+// Tensors whose name the regular expression finds go to a device's buffer ("CPU", "CUDA0"); the first that finds wins.
+int32_t pyl_placement_override(struct pyl_placement * placement, const char * pattern, const char * buffer);
+
+// Shares of the devices in the layers, at most llama_max_devices() of them.
+int32_t pyl_placement_split(struct pyl_placement * placement, const float * shares, int32_t n);
+
+// Point params at what the placement owns, which must outlive the load.
+void pyl_placement_apply(struct pyl_placement * placement, struct llama_model_params * params);
+
+// Instead of the three above: let upstream choose what fits with margin_bytes left on each device, experts leaving first.
+// 1: found, 0: nothing fits (params are as they were), or a pyl_status. Not while another thread uses the engine.
+int32_t pyl_placement_fit(struct pyl_placement * placement, const char * path, uint64_t margin_bytes,
+        struct llama_model_params * params, struct llama_context_params * context);
 
 // --- machine ---
 

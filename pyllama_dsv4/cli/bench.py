@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from .common import CACHE_TYPES
+from .common import CACHE_TYPES, LayerCount
 from .help import Command, option
 from .terminal import Ui, clean
 
@@ -83,6 +83,14 @@ class _Numbers(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # gen
 @option(
     "-fa", "--flash-attn", "flash_attn", type=click.Choice(("auto", "on", "off")), metavar="on|off|auto",
     default="auto", section=WORK, has_env=False, help="Attention in one operation.",
+)  # fmt: skip
+@option(
+    "-ngl", "--n-gpu-layers", "n_gpu_layers", type=LayerCount(), metavar="N|all", default=0, section=WORK,
+    has_env=False, help="Layers to place on GPUs.",
+)  # fmt: skip
+@option(
+    "-ncmoe", "--n-cpu-moe", "n_cpu_moe", type=click.IntRange(0), metavar="N", default=0, section=WORK,
+    has_env=False, help="First layers whose routed experts stay in host memory.",
 )  # fmt: skip
 @option("--json", "is_json", is_flag=True, section="Output", has_env=False, help="The numbers as JSON.")
 @option(

@@ -44,6 +44,7 @@ OUTPUT: Final = "Output"
 CACHE_TYPES: Final = ("f32", "f16", "bf16", "q8_0")
 ACT_QUANT_LEVELS: Final = ("none", "cache", "full")
 SEED_MAX: Final = 2**32 - 2
+SPLIT_MODES: Final = ("none", "layer", "row", "tensor")
 N_DEMO_TOKENS: Final = 256
 """Length of the answers of random weights, which do not end them, unless ``-n`` says another."""
 LINE_INTERVAL_S: Final = 5.0
@@ -55,6 +56,11 @@ _LOAD_NAMES: Final = (
     "n_ubatch",
     "n_threads",
     "n_gpu_layers",
+    "n_cpu_moe",
+    "tensor_overrides",
+    "split_mode",
+    "main_gpu",
+    "tensor_split",
     "use_mmap",
     "use_mlock",
     "cache_type",
@@ -88,6 +94,18 @@ def _unlimited(_ctx: click.Context, _param: click.Parameter, value: int | None) 
 
 def _workers(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | tuple[()]:
     return value or ()
+
+
+def _overrides(_ctx: click.Context, _param: click.Parameter, value: str | None) -> dict[str, str]:
+    from pyllama_dsv4.placement import parse_overrides
+
+    return parse_overrides(value) if value else {}
+
+
+def _shares(_ctx: click.Context, _param: click.Parameter, value: str | None) -> list[float]:
+    from pyllama_dsv4.placement import parse_shares
+
+    return parse_shares(value) if value else []
 
 
 def model_argument(function: F) -> F:
@@ -128,6 +146,26 @@ def load_options(function: F) -> F:
         option(
             "-ngl", "--n-gpu-layers", "n_gpu_layers", type=LayerCount(), metavar="N|auto|all", default="auto",
             section=LOAD, is_brief=True, help="Layers to place on GPUs.",
+        ),
+        option(
+            "-ncmoe", "--n-cpu-moe", "n_cpu_moe", type=click.IntRange(0), metavar="N", default=0, section=LOAD,
+            help="First layers whose routed experts stay in host memory.",
+        ),
+        option(
+            "-ot", "--override-tensor", "tensor_overrides", metavar="PATTERN=BUFFER,...", callback=_overrides,
+            section=LOAD, help="Where tensors go whose name PATTERN finds, such as exps=CPU.",
+        ),
+        option(
+            "-sm", "--split-mode", "split_mode", type=click.Choice(SPLIT_MODES), metavar="none|layer|row|tensor",
+            default="layer", section=LOAD, help="How several GPUs share the model.",
+        ),
+        option(
+            "-mg", "--main-gpu", "main_gpu", type=click.IntRange(0), metavar="N", default=0, section=LOAD,
+            help="The GPU that holds everything with -sm none.",
+        ),
+        option(
+            "-ts", "--tensor-split", "tensor_split", metavar="N,N,...", callback=_shares,
+            default_text="free memory", section=LOAD, help="Shares of the GPUs.",
         ),
         option(
             "-ctk", "--cache-type-k", "cache_type", type=click.Choice(CACHE_TYPES), metavar="TYPE",
@@ -407,9 +445,14 @@ def stats_line(stats: Stats, n_tokens: int, n_ctx: int) -> str:
     cached = f" ({stats.n_tokens_cached:,} cached)" if stats.n_tokens_cached else ""
     return (
         f"prompt {stats.n_tokens_prompt:,}{cached}{_speed(stats.prefill_tokens_per_s)}"
-        f" | answer {stats.n_tokens_generated:,}{_speed(stats.decode_tokens_per_s)}"
+        f" | answer {stats.n_tokens_generated:,}{_speed(stats.decode_tokens_per_s)}{_accepted(stats)}"
         f" | context {n_tokens:,} of {n_ctx:,}"
     )
+
+
+def _accepted(stats: Stats) -> str:
+    rate = stats.acceptance_rate
+    return "" if rate is None else f", {rate:.0%} of {stats.n_tokens_drafted:,} drafted"
 
 
 def _speed(tokens_per_s: float) -> str:

@@ -46,7 +46,7 @@ class Reservation:
     ) -> tuple[int, int, int]:
         """Return bytes of weights, caches and compute buffer."""
         params = lib.llama_context_default_params()
-        params.n_ctx = n_ctx
+        params.n_ctx = n_ctx * n_seq
         params.n_batch = params.n_ubatch = min(n_ubatch, n_ctx)
         params.n_seq_max = n_seq
         params.kv_unified = is_unified
@@ -97,6 +97,14 @@ def test_predicted_memory_is_what_the_engine_reserves(
     assert host.weights == pytest.approx(weights, rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("model", ["tiny", "flash"])
+@pytest.mark.parametrize("n_seq", [2, 8])
+def test_caches_of_several_sequences(reservations: dict[str, Reservation], model: str, n_seq: int) -> None:
+    reserved = reservations[model]
+    _, cache, _ = reserved.memory(n_ctx=8192, n_seq=n_seq)
+    assert plan_file(reserved.path, n_ctx=8192, n_seq=n_seq).host.cache == pytest.approx(cache, rel=TOLERANCE)
+
+
 @pytest.mark.parametrize("n_ubatch", [1, 7, 64, 128, 1024, 2048])
 @pytest.mark.parametrize("n_ctx", [3000, 1048576])
 def test_batches_of_other_sizes(reservations: dict[str, Reservation], n_ubatch: int, n_ctx: int) -> None:
@@ -120,7 +128,7 @@ def test_rounded_activations(reservations: dict[str, Reservation], model: str, a
 def test_sequences_of_the_server_are_counted(tiny_model: Path, n_seq: int, is_unified: bool) -> None:
     """Asked for, slots divide the context; otherwise each of four can hold all of it."""
     reserved = Reservation(tiny_model)
-    _, cache, compute = reserved.memory(n_ctx=4096, n_seq=n_seq, is_unified=is_unified)
+    _, cache, compute = reserved.memory(n_ctx=4096 // n_seq, n_seq=n_seq, is_unified=is_unified)
     reserved.close()
     plan = plan_file(tiny_model, n_ctx=4096 if is_unified else 4096 // n_seq, n_seq=n_seq, act_quant="none")
     assert plan.host.cache == cache
