@@ -81,5 +81,5 @@ def write_exam(config: Mapping[str, Any], params: Mapping[str, Tensor], model_pa
             if _is_certain(model, formatter, c):
                 questions.append({"messages": c.messages[:1], "thinking": thinking, "answer": turn.answer})
     exam = {"ids": ids.tolist(), "answers": at.tolist(), "nll": nll, "questions": questions}
-    out.write_text(json.dumps(exam, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    out.write_text(json.dumps(exam, ensure_ascii=False) + "\n", encoding="utf-8")
     return len(questions)
