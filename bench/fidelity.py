@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
+from layer_probe import DEEP, probed, reference_streams
 from reference import LEVELS, Model, load_checkpoint
 
 from pyllama_dsv4 import Llama, synth
@@ -32,7 +33,7 @@ EXACT: dict[str, Any] = {"cache_type": "f32", "flash_attn": "off"}
 
 
 def figures(got: Array, want: Array) -> dict[str, float]:
-    """Distance of logits (n, V): absolute errors are maxima over the vocabulary, relative ones norms of a token."""
+    """Distance of logits (n, V) or streams: absolute errors are maxima of a token, relative ones norms of a token."""
     absolute = np.abs(got - want).max(axis=1)
     relative = np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)
     return {
@@ -94,16 +95,19 @@ def levels(folder: Path, seed: int) -> None:
 
 
 def layers(folder: Path, seed: int) -> None:
-    """Single layers of each kind on the reference's own input."""
-    for ratio, n_hash in ((0, 1), (4, 0), (128, 0)):
-        files = Files(
-            folder / str(ratio), seed, num_hidden_layers=1, num_hash_layers=n_hash, compress_ratios=[ratio, 0]
-        )
-        for level in LEVELS:
-            want = files.reference(level)
-            for name in files.paths:
-                got = files.run(name, act_quant=level, **EXACT)
-                show("layers", figures(got, want), seed=seed, ratio=ratio, level=level, file=name)
+    """The layers of a deep model, each on the reference's own input."""
+    files = Files(folder, seed, **DEEP)
+    config, weights = load_checkpoint(files.checkpoint)
+    for level in LEVELS:
+        streams = reference_streams(Model(config, weights, np.float64, level), files.ids)
+        for name in files.paths:
+            with probed(streams) as probe:
+                files.run(name, act_quant=level, **EXACT)
+            for i, (got, want) in enumerate(zip(probe.made[1:], streams[1:], strict=True)):
+                what = {"ratio": DEEP["compress_ratios"][i], "is_hash": i < DEEP["num_hash_layers"]}
+                values = figures(got.reshape(N_TOKENS, -1), want.reshape(N_TOKENS, -1))
+                del values["argmax"]
+                show("layers", values, seed=seed, layer=i, level=level, file=name, **what)
 
 
 def inputs(folder: Path, seed: int) -> None:

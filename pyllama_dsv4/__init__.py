@@ -68,6 +68,12 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(f".{_LAZY[name]}", __name__), name)
         globals()[name] = value
         return value
+    if not name.startswith("__"):
+        from .options import moved
+
+        hint = moved(name)
+        if hint is not None:  # an AttributeError would be replaced by a bare "cannot import name"
+            raise ImportError(f"pyllama_dsv4 has no {name}, a name of llama-cpp-python. Use {hint}.")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

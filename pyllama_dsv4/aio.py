@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import CancelledError, PyllamaError
 from .llama import Llama
-from .responses import ChatCompletion, ChatCompletionChunk, Completion
+from .responses import ChatCompletion, ChatCompletionChunk, Completion, Embeddings
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -58,6 +58,14 @@ class AsyncLlama:
         """Return ``Llama.generate_batch``."""
         return await self._call(
             lambda stop: self.llm.generate_batch(prompts, stop_event=stop, **options), options
+        )
+
+    async def create_embedding(
+        self, input: str | Sequence[str | Sequence[int]], **options: Any
+    ) -> Embeddings:
+        """Return ``Llama.create_embedding``."""
+        return await self._call(
+            lambda stop: self.llm.create_embedding(input, stop_event=stop, **options), options
         )
 
     def generate(self, prompt: str | Sequence[int], **options: Any) -> AsyncIterator[str]:

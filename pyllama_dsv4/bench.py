@@ -20,9 +20,8 @@ from . import demo
 from ._native import lib
 from .context import Context
 from .errors import ArgumentError
-from .header import check_header
 from .machine import peak_bytes, read_bandwidth
-from .model import Model
+from .model import Model, check_model
 from .plan import Plan, TokenBytes, plan_model
 
 __all__ = ["Bench", "Measurement", "bench"]
@@ -175,8 +174,8 @@ def bench(
         raise ArgumentError("measuring a model", key="depths", found=min(depths), expected="0 or more")
     longest = max((*n_prompt, n_gen, 1))
     n_ctx = max(depths) + longest + 1
-    report = check_header(path, any_architecture=True)
-    options: dict[str, Any] = {"cache_type": cache_type, "act_quant": act_quant}
+    report = check_model(path)
+    options: dict[str, Any] = {"cache_type": cache_type, "act_quant": act_quant, "flash_attn": flash_attn}
     plan = plan_model(report, n_ctx=n_ctx, n_batch=n_batch, n_ubatch=n_batch, **options)
     plan.check()
 
@@ -189,7 +188,6 @@ def bench(
             n_batch=n_batch,
             n_ubatch=n_batch,
             n_threads=max(threads),
-            flash_attn=flash_attn,
             **options,
         )
         load_s = time.perf_counter() - start_s

@@ -2,6 +2,7 @@
 
 struct ggml_backend_device;
 struct ggml_tensor;
+struct llama_adapter_lora;
 struct llama_context;
 struct llama_memory_i;
 struct llama_model;
@@ -13,6 +14,7 @@ struct llama_sampler_seq_config;
 struct llama_vocab;
 struct pyl_chat;
 struct pyl_chat_parser;
+struct pyl_draft;
 struct pyl_sampler;
 enum ggml_type
 {
@@ -64,7 +66,11 @@ enum ggml_log_level
   GGML_LOG_LEVEL_CONT = ...
 };
 typedef bool (*ggml_abort_callback)(void *data);
+extern size_t ggml_nbytes(const struct ggml_tensor *tensor);
+extern const char *ggml_get_name(const struct ggml_tensor *tensor);
 typedef struct ggml_backend_device *ggml_backend_dev_t;
+extern void ggml_backend_tensor_set(struct ggml_tensor *tensor, const void *data, size_t offset, size_t size);
+extern void ggml_backend_tensor_get(const struct ggml_tensor *tensor, void *data, size_t offset, size_t size);
 typedef bool (*ggml_backend_sched_eval_callback)(struct ggml_tensor *t, bool ask, void *user_data);
 typedef struct llama_memory_i *llama_memory_t;
 typedef int32_t llama_pos;
@@ -301,9 +307,11 @@ uint32_t llama_n_ctx(const struct llama_context *ctx);
 uint32_t llama_n_batch(const struct llama_context *ctx);
 uint32_t llama_n_ubatch(const struct llama_context *ctx);
 llama_memory_t llama_get_memory(const struct llama_context *ctx);
+enum llama_pooling_type llama_pooling_type(const struct llama_context *ctx);
 const struct llama_vocab *llama_model_get_vocab(const struct llama_model *model);
 int32_t llama_model_n_ctx_train(const struct llama_model *model);
 int32_t llama_model_n_embd(const struct llama_model *model);
+int32_t llama_model_n_embd_out(const struct llama_model *model);
 int32_t llama_model_n_layer(const struct llama_model *model);
 enum llama_vocab_type llama_vocab_type(const struct llama_vocab *vocab);
 int32_t llama_vocab_n_tokens(const struct llama_vocab *vocab);
@@ -314,6 +322,9 @@ int32_t llama_model_desc(const struct llama_model *model, char *buf, size_t buf_
 uint64_t llama_model_size(const struct llama_model *model);
 const char *llama_model_chat_template(const struct llama_model *model, const char *name);
 uint64_t llama_model_n_params(const struct llama_model *model);
+struct llama_adapter_lora *llama_adapter_lora_init(struct llama_model *model, const char *path_lora);
+void llama_adapter_lora_free(struct llama_adapter_lora *adapter);
+int32_t llama_set_adapters_lora(struct llama_context *ctx, struct llama_adapter_lora **adapters, size_t n_adapters, float *scales);
 void llama_memory_clear(llama_memory_t mem, bool data);
 bool llama_memory_seq_rm(llama_memory_t mem, llama_seq_id seq_id, llama_pos p0, llama_pos p1);
 llama_pos llama_memory_seq_pos_max(llama_memory_t mem, llama_seq_id seq_id);
@@ -390,6 +401,20 @@ enum pyl_outputs
 int32_t pyl_decode(struct llama_context *ctx, const int32_t *tokens, int32_t n_tokens, int32_t pos, int32_t seq_id, enum pyl_outputs outputs);
 int32_t pyl_decode_mixed(struct llama_context *ctx, const int32_t *tokens, const int32_t *pos, const int32_t *seq_id, const int8_t *outputs, int32_t n_tokens);
 int32_t pyl_logits_copy(struct llama_context *ctx, int32_t i, float *out, int32_t n_vocab);
+int32_t pyl_embedding_copy(struct llama_context *ctx, int32_t seq_id, int32_t i, float *out, int32_t n_embd);
+enum pyl_draft_kind
+{
+  PYL_DRAFT_MTP = ...,
+  PYL_DRAFT_DSPARK = ...,
+  PYL_DRAFT_DFLASH = ...
+};
+int32_t pyl_draft_check(const struct llama_model *target, const struct llama_model *model, enum pyl_draft_kind kind);
+struct pyl_draft *pyl_draft_init(struct llama_context *target, struct llama_context *context, enum pyl_draft_kind kind, int32_t n_max, struct pyl_monitor *monitor);
+void pyl_draft_free(struct pyl_draft *draft);
+int32_t pyl_draft_process(struct pyl_draft *draft, const int32_t *tokens, int32_t n_tokens, int32_t pos);
+int32_t pyl_draft_propose(struct pyl_draft *draft, int32_t token, int32_t pos, int32_t n_max, int32_t *out);
+int32_t pyl_draft_accept(struct pyl_draft *draft, int32_t n_accepted, int32_t pos);
+void pyl_draft_clear(struct pyl_draft *draft);
 struct pyl_sampler *pyl_sampler_init(const struct llama_vocab *vocab, int32_t n_vocab);
 void pyl_sampler_free(struct pyl_sampler *sampler);
 int32_t pyl_sampler_add(struct pyl_sampler *sampler, struct llama_sampler *stage);

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,12 +11,15 @@ from . import chat
 from ._native import logger
 from .chat import ChatPrompt, ChatRequest
 from .chat_engine import ChatEngine
+from .chat_request import TASKS
 from .completion import Completions, check_n, seeded
 from .errors import ArgumentError
 from .generate import GenerationOptions, Request
 from .grammar import Grammar
 from .logprobs import ChatLogprobs, TokenLogprobs, chat_logprobs
+from .replay import Marks, Replay
 from .responses import (
+    AssistantMessage,
     ChatChoice,
     ChatDelta,
     CompletionUsage,
@@ -41,6 +43,7 @@ N_ANSWER_ROOM = 256  # tokens kept free for an answer without a bound
 _OWN_NAMES = (
     "thinking",
     "reasoning_effort",
+    "drop_thinking",
     "tools",
     "tool_choice",
     "parallel_tool_calls",
@@ -52,16 +55,27 @@ _OWN_NAMES = (
     "on_context_full",
     "stream",
 )
-N_REPLAYED_MAX = 256  # answers whose sampled ids are remembered
 
 
 class ChatCompletions(Completions):
     """Answering conversations."""
 
     @cached_property
-    def _replay(self) -> OrderedDict[bytes, list[int]]:
-        """Sampled ids by the visible text they spelled, oldest first."""
-        return OrderedDict()
+    def _replay(self) -> Replay:
+        def mark(text: str) -> int:
+            ids = self._tokenizer.tokenize(text, special=True)
+            return ids[0] if len(ids) == 1 else -1
+
+        tasks = frozenset(mark(f"<｜{task}｜>") for task in TASKS)
+        return Replay(
+            Marks(
+                end=mark("<｜end▁of▁sentence｜>"),
+                think=mark("<think>"),
+                think_end=self._think_end,
+                tasks=tasks - {-1},
+                reminder=mark("<｜latest_reminder｜>"),
+            )
+        )
 
     def _format(self, request: ChatRequest) -> ChatPrompt:
         with self._use():
@@ -75,18 +89,20 @@ class ChatCompletions(Completions):
         *,
         thinking: bool = False,
         reasoning_effort: chat.ReasoningEffort | None = None,
+        drop_thinking: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
     ) -> list[int]:
         """Return the exact prompt of a conversation, the one that ``create_chat_completion`` evaluates.
 
-        Message text never becomes special tokens, whatever it spells. Answers that this object generated are put
-        back with the very ids that were sampled.
+        Message text never becomes special tokens, whatever it spells. Answers that this object generated, with their
+        reasoning and calls, are put back with the very ids that were sampled.
 
         Args:
             messages: OpenAI messages; see ``ChatRequest.create``.
             thinking: Let the model reason before it answers.
             reasoning_effort: None, ``"high"`` or ``"max"``; needs `thinking`.
+            drop_thinking: Leave out the reasoning of past turns, as DeepSeek does where no tools are in use.
             tools: OpenAI function tools.
             add_generation_prompt: End where the assistant's answer begins.
 
@@ -97,10 +113,11 @@ class ChatCompletions(Completions):
             messages,
             thinking=thinking,
             reasoning_effort=reasoning_effort,
+            drop_thinking=drop_thinking,
             tools=tools,
             add_generation_prompt=add_generation_prompt,
         )
-        return self._replayed(self._format(request).tokens)
+        return self._prompt_of(request)[1]
 
     def format_chat(
         self,
@@ -108,6 +125,7 @@ class ChatCompletions(Completions):
         *,
         thinking: bool = False,
         reasoning_effort: chat.ReasoningEffort | None = None,
+        drop_thinking: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
     ) -> str:
@@ -119,50 +137,31 @@ class ChatCompletions(Completions):
             messages,
             thinking=thinking,
             reasoning_effort=reasoning_effort,
+            drop_thinking=drop_thinking,
             tools=tools,
             add_generation_prompt=add_generation_prompt,
         )
         return self._format(request).text
 
-    def _replayed(self, ids: list[int]) -> list[int]:
-        """Put the sampled ids of remembered answers in place of the ids that their text tokenises to."""
-        if not self._replay:
-            return ids
-        out: list[int] = []
-        run: list[int] = []  # ordinary ids since the last special one
-        for token in ids:
-            if not self._is_template_token(token):
-                run.append(token)
-                continue
-            known = self._replay.get(self._tokenizer.detokenize_bytes(run)) if run else None
-            out += run if known is None else known
-            out.append(token)
-            run = []
-        return out + run
+    def _prompt_of(self, request: ChatRequest) -> tuple[ChatPrompt, list[int]]:
+        """Return a formatted conversation, and its ids with those that were sampled."""
+        prompt = self._format(request)
+        return prompt, self._replay.put_back(prompt.tokens, request.messages)
 
-    def _is_template_token(self, token: int) -> bool:
-        # single ids that spell themselves in angle brackets: <think> is not a control token in every file
-        if self._tokenizer.is_special(token):
-            return True
-        data = self._tokenizer.token_to_bytes(token)
-        return data in (b"<think>", b"</think>")
+    def _remember(
+        self, sampled: list[int], content: str, message: AssistantMessage | None, has_reasoning: bool
+    ) -> None:
+        """Remember the ids of an answer: of a whole one, or of a text that was stopped half-way.
 
-    def _remember(self, sampled: list[int], content: str) -> None:
-        """Remember the ids of an answer's visible text, if they spell exactly that text.
-
-        Control tokens among them spell nothing; a character that was incomplete when the answer was stopped has not
-        been shown.
+        Control tokens spell nothing; a character that was incomplete when the answer was stopped has not been shown.
         """
-        start = 0
-        for i, token in enumerate(sampled):
-            if self._tokenizer.token_to_bytes(token) == b"</think>":
-                start = i + 1
-        ids = sampled[start:]
-        text = self._tokenizer.detokenize(ids)
-        if content and text.startswith(content) and not text[len(content) :].strip("\ufffd"):
-            self._replay[content.encode("utf-8")] = ids
-            while len(self._replay) > N_REPLAYED_MAX:
-                self._replay.popitem(last=False)
+        if message is None:
+            start = sampled.index(self._think_end) + 1 if self._think_end in sampled and has_reasoning else 0
+            text = self._tokenizer.detokenize(sampled[start:])
+            if not content or not text.startswith(content) or text[len(content) :].strip("\ufffd"):
+                return
+            message = {"role": "assistant", "content": content}
+        self._replay.remember(message, sampled, has_reasoning)
 
     @overload
     def create_chat_completion(
@@ -171,6 +170,7 @@ class ChatCompletions(Completions):
         *,
         thinking: bool = ...,
         reasoning_effort: chat.ReasoningEffort | None = ...,
+        drop_thinking: bool = ...,
         tools: Sequence[Mapping[str, Any]] | None = ...,
         tool_choice: chat.ToolChoice = ...,
         parallel_tool_calls: bool = ...,
@@ -190,6 +190,7 @@ class ChatCompletions(Completions):
         *,
         thinking: bool = ...,
         reasoning_effort: chat.ReasoningEffort | None = ...,
+        drop_thinking: bool = ...,
         tools: Sequence[Mapping[str, Any]] | None = ...,
         tool_choice: chat.ToolChoice = ...,
         parallel_tool_calls: bool = ...,
@@ -209,6 +210,7 @@ class ChatCompletions(Completions):
         *,
         thinking: bool = False,
         reasoning_effort: chat.ReasoningEffort | None = None,
+        drop_thinking: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: chat.ToolChoice = "auto",
         parallel_tool_calls: bool = True,
@@ -230,6 +232,7 @@ class ChatCompletions(Completions):
             messages: OpenAI messages; answers of this method can be put back as they are.
             thinking: Let the model reason first; the reasoning comes as ``reasoning_content``.
             reasoning_effort: None, ``"high"`` or ``"max"``; needs `thinking`.
+            drop_thinking: Leave out the reasoning of past turns, as DeepSeek does where no tools are in use.
             tools: OpenAI function tools; calls come as ``tool_calls``, and a grammar keeps them to the schemas.
             tool_choice: ``"auto"``, ``"none"``, ``"required"``, or OpenAI's form of a function that must be called.
             parallel_tool_calls: Whether one answer may call several tools.
@@ -273,19 +276,20 @@ class ChatCompletions(Completions):
                 kept,
                 thinking=thinking,
                 reasoning_effort=reasoning_effort,
+                drop_thinking=drop_thinking,
                 tools=tools,
                 tool_choice=tool_choice,
                 parallel_tool_calls=parallel_tool_calls,
                 response_format=response_format,
             )
 
-        prompt, ids = self._chat_prompt(make, messages, on_context_full, max_tokens)
+        asked, prompt, ids = self._chat_prompt(make, messages, on_context_full, max_tokens)
         request = request.but(
             stops=(*request.stops, *prompt.stops),
             shown=frozenset(prompt.preserved_tokens),
-            grammar=self._chat_grammar(prompt, request.grammar, thinking),
+            grammar=self._chat_grammar(prompt, request.grammar, asked.has_reasoning),
         )
-        chunks = self._chat_chunks(prompt, ids, params, request, n, thinking)
+        chunks = self._chat_chunks(prompt, ids, params, request, n, asked.has_reasoning)
         if stream:
             return (chunk for chunk, _ in chunks)
         return _collected(chunks)
@@ -296,26 +300,28 @@ class ChatCompletions(Completions):
         messages: Sequence[Mapping[str, Any]],
         on_context_full: OnContextFull,
         max_tokens: int | None,
-    ) -> tuple[ChatPrompt, list[int]]:
+    ) -> tuple[ChatRequest, ChatPrompt, list[int]]:
         """Format the messages, without the oldest turns if they do not fit and that is wanted."""
         while True:
-            prompt = self._format(make(messages))
-            ids = self._replayed(prompt.tokens)
+            request = make(messages)
+            prompt, ids = self._prompt_of(request)
             if on_context_full == "error":
                 self._check_fits(len(ids))
-                return prompt, ids
+                return request, prompt, ids
             room = N_ANSWER_ROOM if max_tokens is None else max_tokens
             if len(ids) + room <= self.n_ctx:
-                return prompt, ids
+                return request, prompt, ids
             shorter = _without_oldest_turn(messages)
             if shorter is None:
                 self._check_fits(len(ids) + room)
             else:
                 messages = shorter
 
-    def _chat_grammar(self, prompt: ChatPrompt, grammar: Grammar | None, thinking: bool) -> Grammar | None:
+    def _chat_grammar(
+        self, prompt: ChatPrompt, grammar: Grammar | None, has_reasoning: bool
+    ) -> Grammar | None:
         """Return what the answer must follow: the caller's grammar, or that of tools or a response format."""
-        start = self._think_end if thinking else -1
+        start = self._think_end if has_reasoning else -1
         if grammar is not None:
             if prompt.grammar:
                 raise ArgumentError(
@@ -346,14 +352,14 @@ class ChatCompletions(Completions):
         params: SamplingParams,
         request: Request,
         n: int,
-        thinking: bool,
+        has_reasoning: bool,
     ) -> Iterator[tuple[chat.ChatCompletionChunk, chat.AssistantMessage | None]]:
         head = ResponseHead.new("chatcmpl", self._model.path.name, self.system_fingerprint)
         counts = _Counts()
         for index in range(n):
             is_last = index == n - 1
             yield from self._choice_chunks(
-                head, index, prompt, ids, seeded(params, index), request, thinking, counts, is_last
+                head, index, prompt, ids, seeded(params, index), request, has_reasoning, counts, is_last
             )
 
     def _choice_chunks(
@@ -364,7 +370,7 @@ class ChatCompletions(Completions):
         ids: list[int],
         params: SamplingParams,
         request: Request,
-        thinking: bool,
+        has_reasoning: bool,
         counts: _Counts,
         is_last: bool,
     ) -> Iterator[tuple[chat.ChatCompletionChunk, chat.AssistantMessage | None]]:
@@ -372,6 +378,7 @@ class ChatCompletions(Completions):
         reader = self._engine.reader(prompt)
         sampled: list[int] = []
         content = ""
+        whole: AssistantMessage | None = None  # an answer that follows the format to its end
         held: list[TokenLogprobs] = []
 
         def chunk(
@@ -403,12 +410,13 @@ class ChatCompletions(Completions):
                     if index == 0:
                         counts.n_cached = piece.stats.n_tokens_cached
                     counts.n_generated += len(sampled)
-                    counts.n_reasoning += self._n_reasoning(sampled) if thinking else 0
+                    counts.n_reasoning += self._n_reasoning(sampled) if has_reasoning else 0
                     totals = usage(len(ids), counts.n_generated, counts.n_cached, counts.n_reasoning)
                     unparsed = None if is_complete else reader.raw
+                    whole = message if is_complete and finish in ("stop", "tool_calls") else None
                     yield chunk({}, finish, totals if is_last else None, unparsed), message
         finally:
-            self._remember(sampled, content)
+            self._remember(sampled, content, whole, has_reasoning)
 
     def _n_reasoning(self, sampled: Sequence[int]) -> int:
         return sampled.index(self._think_end) + 1 if self._think_end in sampled else len(sampled)

@@ -5,12 +5,15 @@ Requests and answers are ``chat.py``'s; this module carries them over the bindin
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ._native import check, check_ptr, ffi, lib
 from .chat import AnswerReader, ChatPrompt, ChatRequest
 from .errors import ChatError
 from .model import Model
+
+if TYPE_CHECKING:
+    from .convert.template import Generation
 
 __all__ = ["ChatEngine"]
 
@@ -28,7 +31,7 @@ class ChatEngine:
 
     Args:
         model: Stays referenced as long as the engine lives.
-        template: Jinja text instead of the file's template.
+        template: Jinja text instead of the file's template, or a generation of V4: ``"preview"`` or ``"0731"``.
 
     Raises:
         ChatError: The file has no template, or it cannot be parsed.
@@ -36,6 +39,10 @@ class ChatEngine:
 
     def __init__(self, model: Model, template: str | None = None) -> None:
         self._model = model
+        if template in ("preview", "0731"):
+            from .convert.template import chat_template  # the converter takes long to import
+
+            template = chat_template(cast("Generation", template))
         text = ffi.NULL if template is None else ffi.new("char[]", template.encode("utf-8"))
         pointer = lib.pyl_chat_init(model.pointer, text)
         check_ptr(

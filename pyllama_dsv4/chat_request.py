@@ -14,14 +14,16 @@ from typing import Any, Literal
 
 from .errors import ArgumentError, ChatError
 
-__all__ = ["ChatRequest", "ReasoningEffort", "ToolChoice"]
+__all__ = ["TASKS", "ChatRequest", "ReasoningEffort", "ToolChoice"]
 
-Role = Literal["system", "user", "assistant", "tool"]
+Role = Literal["system", "developer", "user", "assistant", "tool", "latest_reminder"]
 ReasoningEffort = Literal["high", "max"]
 ToolMode = Literal["auto", "required", "none"]
 ToolChoice = ToolMode | Mapping[str, Any]
 
-ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
+ROLES: tuple[Role, ...] = ("system", "developer", "user", "assistant", "tool", "latest_reminder")
+TASKS = ("action", "query", "authority", "domain", "title", "read_url")
+"""Quick tasks, by the token that asks for one. Source: DeepSeek's ``encoding_dsv4.py``."""
 REASONING_EFFORTS: tuple[ReasoningEffort, ...] = ("high", "max")
 TOOL_CHOICES: tuple[ToolMode, ...] = ("auto", "required", "none")
 
@@ -35,10 +37,12 @@ INT_MIN, INT_MAX = -(2**63), 2**63 - 1  # the native side holds JSON integers in
 
 _MEMBERS: dict[Role, frozenset[str]] = {
     "system": frozenset({"role", "content"}),
-    "user": frozenset({"role", "content"}),
-    "assistant": frozenset({"role", "content", "reasoning_content", "tool_calls"}),
+    "developer": frozenset({"role", "content", "task"}),
+    "user": frozenset({"role", "content", "task"}),
+    "assistant": frozenset({"role", "content", "reasoning_content", "tool_calls", "task"}),
     # the name repeats what tool_call_id says
     "tool": frozenset({"role", "content", "tool_call_id", "name"}),
+    "latest_reminder": frozenset({"role", "content"}),
 }
 
 
@@ -54,6 +58,7 @@ class ChatRequest:
         parallel_tool_calls: Whether one answer may call several tools.
         thinking: Whether the model reasons before it answers.
         reasoning_effort: Paragraph on effort in front of the prompt; ``None``: no such paragraph.
+        drop_thinking: Whether the reasoning of past turns is left out where the format allows it (no tools in use).
         json_schema: JSON schema that the answer must follow, or ``None``.
         add_generation_prompt: Whether the prompt ends where the assistant's answer begins.
     """
@@ -65,8 +70,19 @@ class ChatRequest:
     parallel_tool_calls: bool = True
     thinking: bool = False
     reasoning_effort: ReasoningEffort | None = None
+    drop_thinking: bool = True
     json_schema: dict[str, Any] | None = None
     add_generation_prompt: bool = True
+
+    @property
+    def is_task(self) -> bool:
+        """Whether the answer is that of a quick task: plain text, without reasoning and calls."""
+        return "task" in self.messages[-1]
+
+    @property
+    def has_reasoning(self) -> bool:
+        """Whether the answer begins with reasoning."""
+        return self.thinking and not self.is_task
 
     @classmethod
     def create(
@@ -78,6 +94,7 @@ class ChatRequest:
         parallel_tool_calls: bool = True,
         thinking: bool = False,
         reasoning_effort: ReasoningEffort | None = None,
+        drop_thinking: bool = True,
         response_format: Mapping[str, Any] | None = None,
         json_schema: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
@@ -87,7 +104,8 @@ class ChatRequest:
         Args:
             messages: OpenAI messages with the roles of ``ROLES``. ``content`` is text or a list of text parts
                 (joined by an empty line); an assistant's may be ``None`` beside ``tool_calls``. Arguments of
-                tool calls are JSON text, a dictionary, or ``None`` for no arguments.
+                tool calls are JSON text, a dictionary, or ``None`` for no arguments. A ``task`` of ``TASKS`` beside
+                the content of the last message, or of one that an assistant's follows, asks for that quick task.
             tools: ``{"type": "function", "function": {"name", "description", "parameters"}}``; other members
                 of ``function`` reach the prompt as they are.
             tool_choice: See the attribute. ``"none"`` still shows the tools to the model; OpenAI's
@@ -95,6 +113,7 @@ class ChatRequest:
             parallel_tool_calls: See the attribute.
             thinking: See the attribute.
             reasoning_effort: See the attribute; needs ``thinking``.
+            drop_thinking: See the attribute; False needs ``thinking``.
             response_format: ``{"type": "text"}``, ``{"type": "json_object"}`` (with an optional ``schema``), or
                 ``{"type": "json_schema", "json_schema": {"schema": {...}}}``; sets ``json_schema``.
             json_schema: See the attribute.
@@ -107,6 +126,7 @@ class ChatRequest:
         """
         for key, flag in (
             ("thinking", thinking),
+            ("drop_thinking", drop_thinking),
             ("parallel_tool_calls", parallel_tool_calls),
             ("add_generation_prompt", add_generation_prompt),
         ):
@@ -122,6 +142,13 @@ class ChatRequest:
                     found=repr(reasoning_effort),
                     hint="Pass thinking=True as well, or leave reasoning_effort out",
                 )
+        if not drop_thinking and not thinking:
+            raise ArgumentError(
+                "'drop_thinking' contradicts thinking=False, which shows no reasoning at all",
+                key="drop_thinking",
+                found="False",
+                hint="Pass thinking=True as well, or leave drop_thinking out",
+            )
         checked_tools = _tools(tools)
         tool_name: str | None = None
         if isinstance(tool_choice, Mapping):
@@ -152,14 +179,21 @@ class ChatRequest:
                     key="json_schema",
                     hint="Leave one of the two out",
                 )
+        checked_messages = _messages(messages)
+        if "task" in checked_messages[-1] and (json_schema is not None or mode == "required"):
+            raise ArgumentError(
+                "a task contradicts response_format and a required call: its answer is plain text",
+                key=f"messages[{len(checked_messages) - 1}].task",
+            )
         return cls(
-            messages=_messages(messages),
+            messages=checked_messages,
             tools=checked_tools,
             tool_choice=mode,
             tool_name=tool_name,
             parallel_tool_calls=parallel_tool_calls,
             thinking=thinking,
             reasoning_effort=reasoning_effort,
+            drop_thinking=drop_thinking,
             json_schema=None if json_schema is None else dict(json_schema),
             add_generation_prompt=add_generation_prompt,
         )
@@ -179,8 +213,13 @@ class ChatRequest:
             body["tool_name"] = self.tool_name
         if self.json_schema is not None:
             body["json_schema"] = self.json_schema
+        variables: dict[str, Any] = {}
         if self.reasoning_effort is not None:
-            body["template_kwargs"] = {"reasoning_effort": self.reasoning_effort}
+            variables["reasoning_effort"] = self.reasoning_effort
+        if not self.drop_thinking:
+            variables["drop_thinking"] = False
+        if variables:
+            body["template_kwargs"] = variables
         return json.dumps(body, allow_nan=False)
 
 
@@ -424,6 +463,13 @@ def _messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if not isinstance(message, Mapping):
             raise _chat_error(at, _type_name(message), "a dictionary with 'role' and 'content'")
         role = message.get("role")
+        if out and "task" in out[-1] and role != "assistant":
+            raise _chat_error(
+                f"messages[{i - 1}].task",
+                f"a message of '{role}' behind it",
+                "the assistant's answer to the task, or nothing",
+                "Leave the task out where it was not asked for",
+            )
         if role not in ROLES:
             raise _chat_error(f"{at}.role", repr(role), f"one of {', '.join(ROLES)}")
         _refuse_unknown(message, _MEMBERS[role], at)
@@ -460,5 +506,9 @@ def _messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                         f"a call of the message before ({known})",
                     )
                 normal["tool_call_id"] = _text(call_id, f"{at}.tool_call_id")
+        if message.get("task") is not None:
+            if message["task"] not in TASKS:
+                raise _chat_error(f"{at}.task", repr(message["task"]), f"one of {', '.join(TASKS)}")
+            normal["task"] = message["task"]
         out.append(normal)
     return out

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import numpy as np
+import numpy.typing as npt
 
 from . import responses
 from ._native import lib
 from .batch import generate_batch
 from .context import Context
-from .errors import ArgumentError
+from .embeddings import embed
+from .errors import ArgumentError, ClosedError, ThreadError
 from .generate import GenerationOptions, Piece, Request, stream
 from .llama_base import LlamaBase
 from .logprobs import TokenLogprobs, completion_logprobs
+from .plan import plan_model
 from .sampler import Sampler, SamplingParams
 from .stats import Stats
+from .watch import Watch
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -84,6 +92,7 @@ class Completions(LlamaBase):
         with self._turns.take(watch):
             stats = Stats(len(ids))
             sampler: Sampler | None = None
+            steps: Iterator[Piece] | None = None
             try:
                 with self._use():
                     # before the prompt is evaluated: a grammar that cannot be read is told at once
@@ -92,7 +101,7 @@ class Completions(LlamaBase):
                     stats.n_tokens_cached = self._session.prefill(ids, watch=watch)
                     stats.prefill_s = time.monotonic() - start_s
                     self.stats = stats
-                    steps = stream(self._context, self._session, self._tokenizer, sampler, request)
+                    steps = stream(self._context, self._session, self._tokenizer, sampler, request, stats)
                 while last is None:
                     start_s = time.monotonic()
                     with self._use():
@@ -104,6 +113,9 @@ class Completions(LlamaBase):
                         stats.n_tokens_generated += 1
                         yield piece
             finally:
+                if isinstance(steps, Generator):
+                    with suppress(ClosedError, ThreadError), self._use():
+                        steps.close()  # drops what a draft model proposed
                 if sampler is not None:
                     sampler.close()
         # the turn is over: whoever reads the last piece may take his time
@@ -286,16 +298,22 @@ class Completions(LlamaBase):
         if not all_ids:
             return []
         room = self.n_ctx if max_tokens is None else max(map(len, all_ids)) + max_tokens
+        sizes: dict[str, Any] = {"n_ctx": min(self.n_ctx, room), "n_seq": min(n_parallel, len(all_ids))}
+        plan_model(
+            self._report,
+            **{
+                name: self._context_options[name]
+                for name in ("n_batch", "n_ubatch", "cache_type", "act_quant")
+            },
+            **sizes,
+        ).check()
         with self._turns.take(request.watch), self._use():
             context = Context(
                 self._model,
-                **{
-                    **self._context_options,
-                    "n_ctx": min(self.n_ctx, room),
-                    "n_seq_max": min(n_parallel, len(all_ids)),
-                },
+                **{**self._context_options, "n_ctx": sizes["n_ctx"], "n_seq_max": sizes["n_seq"]},
             )
             try:
+                context.set_loras(list(self._loras.items()))
                 results = generate_batch(
                     context,
                     self._tokenizer,
@@ -310,6 +328,91 @@ class Completions(LlamaBase):
             responses.completion(head, 0, r.text, r.finish, responses.usage(len(ids), r.n_tokens))
             for ids, r in zip(all_ids, results, strict=True)
         ]
+
+    @overload
+    def embed(  # type: ignore[overload-overlap]  # text is a sequence of texts
+        self,
+        input: str,
+        *,
+        normalize: bool = ...,
+        timeout: float | None = ...,
+        stop_event: threading.Event | None = ...,
+    ) -> npt.NDArray[np.float32]: ...
+    @overload
+    def embed(
+        self,
+        input: Sequence[str | Sequence[int]],
+        *,
+        normalize: bool = ...,
+        timeout: float | None = ...,
+        stop_event: threading.Event | None = ...,
+    ) -> list[npt.NDArray[np.float32]]: ...
+
+    def embed(
+        self,
+        input: str | Sequence[str | Sequence[int]],
+        *,
+        normalize: bool = False,
+        timeout: float | None = None,
+        stop_event: threading.Event | None = None,
+    ) -> npt.NDArray[np.float32] | list[npt.NDArray[np.float32]]:
+        """Return the embedding of a text, or those of several.
+
+        Needs ``Llama(embedding=True)``. Uses a cache of its own for each text and leaves this object's alone.
+
+        Args:
+            input: Text, or a list of texts or of lists of token ids.
+            normalize: Make vectors of length 1.
+            timeout: As in ``GenerationOptions``.
+            stop_event: As in ``GenerationOptions``.
+
+        Returns:
+            ``(n_embd,) float32`` for a text, ``(n_tokens, n_embd)`` with ``pooling_type="none"``; a list of them for a
+            list.
+
+        Raises:
+            ArgumentError: Opened without `embedding`, or an empty text.
+            ContextFullError: A text is longer than the context.
+            CancelledError: by `timeout` or `stop_event`.
+        """
+        if not self._is_embedding:
+            raise ArgumentError(
+                "embedding", key="embedding", found="False", expected="Llama(..., embedding=True)"
+            )
+        watch = Watch(timeout, stop_event)
+        with self._use():
+            all_ids = [self._prompt_ids(text) for text in ([input] if isinstance(input, str) else input)]
+        rows = []
+        for ids in all_ids:
+            self._check_fits(len(ids))
+            watch.check()
+            with self._turns.take(watch), self._use():
+                rows.append(
+                    embed(
+                        self._model,
+                        self._context_options,
+                        ids,
+                        pooling=self._pooling,
+                        is_normalized=normalize,
+                        loras=list(self._loras.items()),
+                        watch=watch,
+                    )
+                )
+        return rows[0] if isinstance(input, str) else rows
+
+    def create_embedding(
+        self,
+        input: str | Sequence[str | Sequence[int]],
+        *,
+        timeout: float | None = None,
+        stop_event: threading.Event | None = None,
+    ) -> responses.Embeddings:
+        """Return embeddings in OpenAI's shape, normalised; arguments and errors as ``embed``."""
+        texts: list[str | Sequence[int]] = [input] if isinstance(input, str) else list(input)
+        rows = self.embed(texts, normalize=True, timeout=timeout, stop_event=stop_event)
+        with self._use():
+            n_tokens = sum(len(self._prompt_ids(text)) for text in texts)
+        return responses.embeddings(self._model.path.name, [row.tolist() for row in rows], n_tokens)
 
 
 def check_n(n: int) -> None:

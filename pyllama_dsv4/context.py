@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +17,17 @@ from .errors import (
     ContextFullError,
     InferenceError,
     MemoryLimitError,
+    ModelLoadError,
     StateError,
 )
 from .model import Model
 from .watch import Watch
 
-__all__ = ["ACT_QUANT_LEVELS", "CACHE_TYPES", "FLASH_ATTN", "Context"]
+if TYPE_CHECKING:
+    from .draft import Draft
+    from .lora import LoraAdapter
+
+__all__ = ["ACT_QUANT_LEVELS", "CACHE_TYPES", "FLASH_ATTN", "POOLING", "Context"]
 
 SHORT_S = 0.1  # a call that takes less need not be interruptible
 
@@ -42,6 +47,12 @@ FLASH_ATTN = {
     "on": lib.LLAMA_FLASH_ATTN_TYPE_ENABLED,
     "off": lib.LLAMA_FLASH_ATTN_TYPE_DISABLED,
 }
+POOLING = {
+    "none": lib.LLAMA_POOLING_TYPE_NONE,
+    "mean": lib.LLAMA_POOLING_TYPE_MEAN,
+    "cls": lib.LLAMA_POOLING_TYPE_CLS,
+    "last": lib.LLAMA_POOLING_TYPE_LAST,
+}
 
 
 class Context:
@@ -57,6 +68,15 @@ class Context:
         act_quant: Key of ``ACT_QUANT_LEVELS``; other models than DeepSeek-V4 ignore it.
         flash_attn: Key of ``FLASH_ATTN``.
         n_seq_max: Sequences, numbered from 0; each holds up to `n_ctx` tokens.
+        n_rollback: Tokens that can be dropped again after their evaluation; costs V4 as many copies of its states.
+        pooling: Compute embeddings, pooled by this key of ``POOLING``, or as the ``"file"`` says; None computes none.
+        target: The context that this one drafts for.
+        is_mtp: Of a draft model: it is a prediction block.
+
+    Attributes:
+        draft: Proposes tokens of sequence 0; told of all of them, and closed by its owner.
+        model: As given.
+        monitor: Stops a computation, also that of a draft's context.
     """
 
     def __init__(
@@ -71,6 +91,10 @@ class Context:
         act_quant: str = "cache",
         flash_attn: str = "auto",
         n_seq_max: int = 1,
+        n_rollback: int = 0,
+        pooling: str | None = None,
+        target: Context | None = None,
+        is_mtp: bool = False,
     ) -> None:
         for name, choice, choices in (
             ("cache_type", cache_type, CACHE_TYPES),
@@ -100,7 +124,7 @@ class Context:
                 expected="'on' or 'auto'",
                 hint="The engine reads a quantised cache only in flash attention.",
             )
-        self._model = model
+        self.model = model
         params = lib.llama_context_default_params()
         params.n_ctx = n_ctx * n_seq_max  # the engine divides it among the sequences
         params.n_batch = min(n_batch, n_ctx)
@@ -111,23 +135,36 @@ class Context:
         params.act_quant = ACT_QUANT_LEVELS[act_quant]
         params.flash_attn_type = FLASH_ATTN[flash_attn]
         params.no_perf = True
+        params.n_rs_seq = n_rollback
+        if pooling is not None:
+            params.embeddings = True
+            params.pooling_type = POOLING.get(pooling, lib.LLAMA_POOLING_TYPE_UNSPECIFIED)
+        if is_mtp:
+            params.ctx_type = lib.LLAMA_CONTEXT_TYPE_MTP
+        if target is not None:
+            params.ctx_other = target.pointer
         # Window layers keep their window only. The V4 cache cannot drop a tail anyway, and a full-size one would take
         # 44 KB a token for Flash and let every token attend over masked cells.
         params.swa_full = False
-        self._monitor = ffi.new("struct pyl_monitor *")
-        pointer = lib.pyl_context_init(model.pointer, params, self._monitor)
+        self.monitor: Any = ffi.new("struct pyl_monitor *") if target is None else target.monitor
+        log_tail(clear=True)
+        pointer = lib.pyl_context_init(model.pointer, params, self.monitor)
+        # the engine returns NULL for every reason and tells them apart in its log only
+        is_memory = any(words in line for line in log_tail() for words in ("alloc", "output buffer"))
         check_ptr(
             pointer,
             f"creating a context of {n_ctx} tokens",
-            MemoryLimitError,
+            MemoryLimitError if is_memory else ModelLoadError,
             path=model.path,
-            hint="A smaller n_ctx needs less memory.",
+            hint="A smaller n_ctx needs less memory." if is_memory else None,
         )
         self._pointer = ffi.gc(pointer, lib.llama_free)
         self.n_vocab = model.n_vocab
         self.n_batch = int(lib.llama_n_batch(pointer))
         self.n_ctx = n_ctx
         self.n_seq_max = n_seq_max
+        self.draft: Draft | None = None
+        self._n_short = 1 + n_rollback
         self._n_tokens = [0] * n_seq_max
         self._logits: npt.NDArray[np.float32] | None = None
         self._step_s = float("inf")  # how long the last token took
@@ -165,11 +202,19 @@ class Context:
         """Use this many threads for prefill and decode from now on."""
         lib.llama_set_n_threads(self.pointer, n_threads, n_threads)
 
+    def set_loras(self, loras: Sequence[tuple[LoraAdapter, float]]) -> None:
+        """Apply these adapters, each with a scale, from now on; what is in the cache was computed with others."""
+        adapters = ffi.new("struct llama_adapter_lora *[]", [adapter.pointer for adapter, _ in loras])
+        scales = ffi.new("float[]", [scale for _, scale in loras])
+        lib.llama_set_adapters_lora(self.pointer, adapters, len(loras), scales)
+
     def clear(self) -> None:
         """Forget all tokens of all sequences."""
         lib.llama_memory_clear(lib.llama_get_memory(self.pointer), True)
         self._n_tokens = [0] * len(self._n_tokens)
         self._logits = None
+        if self.draft is not None:
+            self.draft.clear()
 
     def decode(
         self,
@@ -233,6 +278,9 @@ class Context:
         return rows
 
     def _check_ids(self, ids: Sequence[int]) -> npt.NDArray[np.int32]:
+        # the loop over tokens comes here for every one of them
+        if type(ids) is list and len(ids) == 1 and type(ids[0]) is int and 0 <= ids[0] < self.n_vocab:
+            return np.array(ids, np.int32)
         try:
             wide = np.asarray(ids, dtype=np.int64)
         except (TypeError, ValueError, OverflowError) as error:
@@ -265,20 +313,23 @@ class Context:
                 seq,
                 outputs,
             )
-            return check(status, op)
+            check(status, op)
+            if self.draft is not None and seq == 0:
+                self.draft.process(chunk, self._n_tokens[seq])
+            return int(status)
 
         start_s = time.monotonic()
-        if chunk.size == 1 and self._step_s < SHORT_S:
+        if chunk.size <= self._n_short and self._step_s < SHORT_S:
             work()  # a thread switch would cost more than it saves
         else:
             self._run(work, watch)
-        if chunk.size == 1:
+        if chunk.size <= self._n_short:
             self._step_s = time.monotonic() - start_s
         self._n_tokens[seq] += chunk.size
 
     def _run(self, work: Callable[[], int], watch: Watch | None) -> None:
         try:
-            run_cancellable(work, self._monitor, None if watch is None else watch.go_on)
+            run_cancellable(work, self.monitor, None if watch is None else watch.go_on)
         except CancelledError:
             if watch is not None:
                 watch.check()  # says why
@@ -352,6 +403,28 @@ class Context:
             raise
         return rows
 
+    def propose(self, token: int, n_max: int) -> list[int]:
+        """Return what the draft model lets follow `token`, which is to be evaluated next; possibly nothing."""
+        n_max = min(n_max, self.n_ctx - self.n_tokens - 1)
+        if self.draft is None or n_max < 1:
+            return []
+        return self.draft.propose(token, self.n_tokens, n_max)
+
+    def settle(self, n_accepted: int, n_rejected: int, logits: npt.NDArray[np.float32]) -> None:
+        """Drop the rejected end of a proposal that was evaluated; `logits` are those after what stays.
+
+        Raises:
+            InferenceError: It cannot be dropped; all sequences were cleared.
+        """
+        assert self.draft is not None
+        try:
+            self.draft.accept(n_accepted, self.n_tokens - n_rejected)
+        except BaseException:
+            self.clear()
+            raise
+        self._n_tokens[0] -= n_rejected
+        self._logits = logits
+
     def drop(self, seq: int) -> None:
         """Forget the tokens of one sequence."""
         if not lib.llama_memory_seq_rm(lib.llama_get_memory(self.pointer), seq, -1, -1):
@@ -359,6 +432,8 @@ class Context:
             raise StateError(f"forgetting sequence {seq} failed", hint="All sequences were cleared.")
         self._n_tokens[seq] = 0
         self._logits = None
+        if self.draft is not None and seq == 0:
+            self.draft.clear()
 
     def _copy_logits(self, index: int, out: npt.NDArray[np.float32]) -> None:
         status = lib.pyl_logits_copy(self.pointer, index, ffi.from_buffer("float[]", out), self.n_vocab)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -313,8 +314,71 @@ def processed(
     return out
 
 
+class _Evaluation:
+    """Evaluates sampled tokens one by one, or, where a draft model proposes what follows, several at once.
+
+    A proposed token counts when the sampler chooses it; the first that it does not choose, and what came after it, is
+    dropped from the cache.
+    """
+
+    def __init__(self, context: Context, session: Session, stats: Stats) -> None:
+        self._context = context
+        self._session = session
+        self._stats = stats
+        self._proposed: deque[int] = deque()  # evaluated, not chosen yet
+        self._rows: deque[npt.NDArray[np.float32]] = deque()
+        self._n_accepted = 0
+        self._is_open = False  # a proposal was evaluated and not settled
+        self._logits = context.logits
+
+    def logits_after(self, token: int, n_more: int, watch: Watch) -> npt.NDArray[np.float32]:
+        """Return the logits after `token`.
+
+        Args:
+            token: Sampled from the logits before.
+            n_more: How many further tokens are wanted at most.
+            watch: May stop the call.
+        """
+        if self._proposed and self._proposed[0] == token:
+            self._proposed.popleft()
+            self._n_accepted += 1
+            self._stats.n_tokens_accepted += 1
+            self._logits = self._rows.popleft()
+            return self._logits
+        self.settle()
+        proposed = self._session.propose(token, n_more)
+        if not proposed:
+            self._session.eval([token], watch=watch)
+            self._logits = self._context.logits
+            return self._logits
+        rows = self._session.eval([token, *proposed], all_logits=True, watch=watch)
+        assert rows is not None  # all_logits
+        rows.flags.writeable = False
+        self._proposed.extend(proposed)
+        self._rows.extend(rows[1:])
+        self._n_accepted = 0
+        self._is_open = True
+        self._stats.n_tokens_drafted += len(proposed)
+        self._logits = rows[0]
+        return self._logits
+
+    def settle(self) -> None:
+        """Leave in the cache only what was chosen."""
+        if self._is_open:
+            self._is_open = False
+            n_rejected = len(self._proposed)
+            self._proposed.clear()
+            self._rows.clear()
+            self._session.settle(self._n_accepted, n_rejected, self._logits)
+
+
 def stream(
-    context: Context, session: Session, tokenizer: Tokenizer, sampler: Sampler, request: Request
+    context: Context,
+    session: Session,
+    tokenizer: Tokenizer,
+    sampler: Sampler,
+    request: Request,
+    stats: Stats,
 ) -> Iterator[Piece]:
     """Generate from the session's present end until something ends the text or the context is full.
 
@@ -324,6 +388,7 @@ def stream(
         tokenizer: For text and end tokens.
         sampler: Chooses the tokens.
         request: See ``Request``.
+        stats: Counts proposals of a draft model.
 
     Raises:
         ThreadError: Something else was evaluated on the session between two steps.
@@ -333,29 +398,37 @@ def stream(
     watch = request.watch
     ids = np.asarray(session.ids, np.int32) if request.processors else np.empty(0, np.int32)
     pending: int | None = None  # sampled, handed out, not evaluated yet
+    n_left = context.n_ctx - session.n_tokens
+    evaluation = _Evaluation(context, session, stats)
+    logits = context.logits
     version = session.version
-    while steps.finish is None:
-        if version != session.version:
-            raise ThreadError(
-                "this generation was interrupted: other tokens were evaluated on the same Llama",
-                hint="Finish or close one generation before starting the next.",
-            )
-        watch.check()
-        if pending is not None:
-            if session.n_tokens >= context.n_ctx:
+    try:
+        while steps.finish is None:
+            if version != session.version:
+                raise ThreadError(
+                    "this generation was interrupted: other tokens were evaluated on the same Llama",
+                    hint="Finish or close one generation before starting the next.",
+                )
+            watch.check()
+            if pending is not None:
+                if n_left == 0:
+                    break
+                n_left -= 1
+                n_more = n_left if request.max_tokens is None else request.max_tokens - steps.n_tokens - 1
+                logits = evaluation.logits_after(pending, n_more, watch)
+                version = session.version
+            if request.processors:
+                token = sampler.sample(processed(logits, ids, request.processors))
+                ids = np.append(ids, np.int32(token))
+            else:
+                token = sampler.sample(logits)
+            text = steps.feed(token)
+            if text is None:
                 break
-            session.eval([pending], watch=watch)
-            version = session.version
-        logits = context.logits
-        if request.processors:
-            token = sampler.sample(processed(logits, ids, request.processors))
-            ids = np.append(ids, np.int32(token))
-        else:
-            token = sampler.sample(logits)
-        text = steps.feed(token)
-        if text is None:
-            break
-        pending = token
-        n_top = request.n_logprobs
-        yield Piece(token, text, None, None if n_top is None else token_logprobs(logits, token, n_top))
+            pending = token
+            n_top = request.n_logprobs
+            yield Piece(token, text, None, None if n_top is None else token_logprobs(logits, token, n_top))
+    finally:
+        if version == session.version:
+            evaluation.settle()
     yield Piece(None, steps.rest(), steps.finish or "length")

@@ -6,7 +6,7 @@ the last time leaves a hole. The end of the highest tensor is the size of the bu
 memory is needed for are ``plan``'s.
 
 The order decides about holes, so the list follows the graph closely, and a test compares the result with the engine's
-own reservation. It stands for a CPU with flash attention, which is what the engine chooses by itself.
+own reservation. It stands for a CPU.
 
 Source: ``src/models/deepseek4.cpp:graph``, ``src/llama-graph.cpp:build_moe_ffn``, ``ggml/src/ggml-alloc.c``.
 """
@@ -49,6 +49,7 @@ class BatchShape:
         is_cache_quantized: The engine then rotates what it caches.
         rounds_cache: What is cached, and the indexer's queries, are rounded before.
         rounds_inputs: The inputs of FP8 and FP4 products are rounded.
+        has_flash_attn: Attention is one operation, which the engine chooses by itself; otherwise all scores are kept.
     """
 
     n_tokens: int
@@ -60,6 +61,7 @@ class BatchShape:
     is_cache_quantized: bool
     rounds_cache: bool = False
     rounds_inputs: bool = False
+    has_flash_attn: bool = True
 
 
 class _Tensor:
@@ -216,6 +218,7 @@ class _Builder:
         # the engine takes every cache for the indexer's where the heads have the same size
         is_like_index = hp.head_dim == hp.indexer_head_dim
         self.rotates = is_like_index or (batch.is_cache_quantized and hp.head_dim % 64 == 0)
+        self.mask_bytes = _F16 if batch.has_flash_attn else _F32  # but for the indexer's mask
 
     def build(self) -> _Graph:
         g, hp, t = self.g, self.hp, self.t
@@ -239,7 +242,7 @@ class _Builder:
         g.input(hp.n_embd, t)  # embeddings in place of tokens; nothing reads them
         if self.rotates:
             self.raw_rotation = g.input(_rotation_size(hp.head_dim), _rotation_size(hp.head_dim))
-        self.raw_mask = g.input(b.n_raw, t, value_bytes=_F16)
+        self.raw_mask = g.input(b.n_raw, t, value_bytes=self.mask_bytes)
         self.positions = g.input(t)
         self.raw_rows = g.input(t, value_bytes=_I64)
         self.zeros: list[_Tensor] = []
@@ -249,14 +252,14 @@ class _Builder:
                 if not has_csa:
                     self.csa = self._compressor_inputs(_CSA, hp.head_dim, self.rotates)
                     self.lid = self._compressor_inputs(_CSA, hp.indexer_head_dim, True, is_index=True)
-                self.zeros.append(g.input(1, self._n_selected(), t, value_bytes=_F16))
+                self.zeros.append(g.input(1, self._n_selected(), t, value_bytes=self.mask_bytes))
                 if not has_csa:
                     self.lid_mask = g.input(b.n_csa, t, value_bytes=_F16)
-                    self.csa_mask = g.input(b.n_csa, t, value_bytes=_F16)
+                    self.csa_mask = g.input(b.n_csa, t, value_bytes=self.mask_bytes)
                 has_csa = True
             elif ratio == _HCA and not has_hca:
                 self.hca = self._compressor_inputs(_HCA, hp.head_dim, self.rotates)
-                self.hca_mask = g.input(b.n_hca, t, value_bytes=_F16)
+                self.hca_mask = g.input(b.n_hca, t, value_bytes=self.mask_bytes)
                 has_hca = True
         self.outputs = g.input(b.n_outputs)
         self.zeros.reverse()
@@ -341,25 +344,48 @@ class _Builder:
             kv = g.new((hp.head_dim, t), self.raw_rotation, _View(kv))
         g.store(_View(kv), self.raw_rows)
 
-        keys: tuple[_Tensor | _View, ...] = ()
-        mask: _Tensor = self.raw_mask
-        if ratio == 0 and b.cache_value_bytes == _F32:
-            keys = self._cast_keys(b.n_raw)
-        elif ratio:
-            n_rows = b.n_raw + (b.n_csa if ratio == _CSA else b.n_hca)
-            all_keys = g.new((hp.head_dim, 1, n_rows), value_bytes=b.cache_value_bytes)
-            keys = (_View(all_keys), _View(all_keys))
-            if b.cache_value_bytes == _F32:
-                keys = self._cast_keys(n_rows, _View(all_keys))
-            extra = self._selected_mask(cur, low) if ratio == _CSA else self.hca_mask
-            mask = g.new((n_rows, t), self.raw_mask, extra, value_bytes=_F16)
-        out = g.new(heads, _View(q), *keys, mask)
+        attend = self._flash_attention if b.has_flash_attn else self._attention_in_steps
+        out = attend(q, cur, low, ratio)
         if self.rotates:
             out = g.new((hp.head_dim, hp.n_head * t), self.raw_rotation, _View(out))
         out = g.new(heads, _View(out), self.positions)
         low = g.new((hp.o_lora_rank, t, hp.o_groups), _View(out))
         low = self._input(g.new((hp.o_lora_rank * hp.o_groups, t), _View(low)))
         return g.new((hp.n_embd, t), low)
+
+    def _flash_attention(self, q: _Tensor, cur: _Tensor, low: _Tensor, ratio: int) -> _Tensor:
+        n_rows = self._n_rows(ratio)
+        keys = self._all_keys(ratio)
+        reads: tuple[_Tensor | _View, ...] = keys
+        if self.b.cache_value_bytes == _F32:
+            reads = self._cast_keys(n_rows, *keys[:1])
+        return self.g.new(q.shape, _View(q), *reads, self._mask(cur, low, ratio))
+
+    def _attention_in_steps(self, q: _Tensor, cur: _Tensor, low: _Tensor, ratio: int) -> _Tensor:
+        """Keep the scores of all heads: they are most of the buffer."""
+        g, hp, n_rows = self.g, self.hp, self._n_rows(ratio)
+        keys = self._all_keys(ratio)
+        values = g.new((n_rows, hp.head_dim), *keys[:1], value_bytes=self.b.cache_value_bytes)
+        scores = g.new((n_rows, self.t, hp.n_head), *keys[:1], _View(q))
+        scores = g.same(scores, scores, self._mask(cur, low, ratio))
+        out = g.new((hp.head_dim, self.t, hp.n_head), values, scores)
+        return g.new((hp.head_dim * hp.n_head, self.t), _View(out))
+
+    def _n_rows(self, ratio: int) -> int:
+        return self.b.n_raw + {0: 0, _CSA: self.b.n_csa, _HCA: self.b.n_hca}[ratio]
+
+    def _all_keys(self, ratio: int) -> tuple[_View, ...]:
+        """Put window and compressed rows together, to be read as keys and values; a window alone is read in place."""
+        if not ratio:
+            return ()
+        rows = self.g.new((self.hp.head_dim, 1, self._n_rows(ratio)), value_bytes=self.b.cache_value_bytes)
+        return _View(rows), _View(rows)
+
+    def _mask(self, cur: _Tensor, low: _Tensor, ratio: int) -> _Tensor:
+        if not ratio:
+            return self.raw_mask
+        extra = self._selected_mask(cur, low) if ratio == _CSA else self.hca_mask
+        return self.g.new((self._n_rows(ratio), self.t), self.raw_mask, extra, value_bytes=self.mask_bytes)
 
     def _cast_keys(self, n_rows: int, *reads: _View) -> tuple[_Tensor, _Tensor]:
         """Flash attention takes no F32 keys: they are copied, once as keys and once as values."""

@@ -6,11 +6,20 @@ The top of the layers: opening and evaluation (``llama_base``), completions, cha
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from .chat_completion import ChatCompletions
+from .hub import download
+from .llama_base import LlamaBase
+from .options import keyword_names, refuse_unknown
 from .sampler import SamplingOptions
 from .state import State, read_state, write_state
 from .stats import Stats
+from .warmup import Progress
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["Llama", "SamplingOptions", "Stats"]
 
@@ -21,6 +30,57 @@ class Llama(ChatCompletions):
     Threads may share it: generations queue, first come, first served. Close it, or use it as a context manager; a
     forked child must open its own. Arguments: see ``__init__``.
     """
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_id: str,
+        filename: str,
+        *,
+        additional_files: Sequence[str] = (),
+        revision: str | None = None,
+        local_dir: str | os.PathLike[str] | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        **options: Any,
+    ) -> Self:
+        """Fetch a model from the Hugging Face hub, if it is not there yet, and open it.
+
+        Needs the extra ``hub``. The client's environment counts: ``HF_ENDPOINT``, ``HF_HOME``, ``HF_TOKEN``.
+
+        Args:
+            repo_id: ``owner/name``.
+            filename: Name or pattern (``*native.gguf``) of one file; all shards of a split model are fetched.
+            additional_files: Names or patterns of further files to fetch.
+            revision: Branch, tag or commit.
+            local_dir: Folder to put the files in; None puts them in the client's cache.
+            cache_dir: Another cache.
+            token: For private repositories.
+            options: As ``__init__``; `progress` is told of the stage ``"download"``, too.
+
+        Raises:
+            ImportError: huggingface_hub is not installed.
+            ModelNotFoundError: No such repository, revision or file.
+            ModelFileError: It cannot be fetched.
+            CancelledError: `progress` returned False.
+        """
+        if cls.__init__ is LlamaBase.__init__:  # before a long download
+            known = keyword_names(cls.__init__)
+            refuse_unknown("from_pretrained", [name for name in options if name not in known], known)
+        progress = options.get("progress")
+        path = download(
+            repo_id,
+            filename,
+            additional_files=additional_files,
+            revision=revision,
+            local_dir=local_dir,
+            cache_dir=cache_dir,
+            token=token,
+            on_progress=None
+            if progress is None
+            else lambda fraction: progress(Progress("download", fraction)) is not False,
+        )
+        return cls(path, **options)
 
     def _state(self) -> State:
         logits = self._context.logits if self._context.has_logits else None

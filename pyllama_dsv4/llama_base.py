@@ -6,6 +6,7 @@ order, and refuses use after close, after a fork and from two threads. Completio
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,8 +22,11 @@ import numpy.typing as npt
 from ._native import build_info, lib, logger, series_digest
 from .chat_engine import ChatEngine
 from .context import Context
-from .errors import ArgumentError, ClosedError, ContextFullError, ThreadError
+from .draft import N_DRAFT_DEFAULT, Draft, check_n_draft
+from .embeddings import check_embeddings
+from .errors import ArgumentError, ClosedError, ContextFullError, ThreadError, UnsupportedModelError
 from .header import HeaderReport
+from .lora import LoraAdapter
 from .machine import working_set_bytes
 from .model import Model, check_model
 from .options import keyword_names, refuse_unknown
@@ -76,6 +80,12 @@ class LlamaBase:
         seed: int | None = None,
         chat_template: str | None = None,
         progress: Callable[[Progress], bool | None] | None = None,
+        embedding: bool = False,
+        pooling_type: Literal["none", "mean", "cls", "last"] | None = None,
+        lora_path: str | os.PathLike[str] | None = None,
+        lora_scale: float = 1.0,
+        draft_model: str | os.PathLike[str] | None = None,
+        n_draft: int = N_DRAFT_DEFAULT,
         prefix_cache: str | os.PathLike[str] | None = None,
         prefix_cache_bytes: int = BYTES_MAX,
         warmup: bool = True,
@@ -103,9 +113,17 @@ class LlamaBase:
                 FP8 and FP4 products). Other models ignore it.
             seed: Of all sampling that gives none itself; None draws one per generation. Equal seeds give equal text on
                 the same build, threads and batch sizes.
-            chat_template: Jinja text instead of the file's chat template.
+            chat_template: Jinja text instead of the file's chat template, or ``"preview"`` or ``"0731"`` for V4's own.
             progress: Called with a ``Progress`` during the load (in this thread or a helper's) and the warm-up (from
                 the warm-up's thread); returning False cancels the load or stops the warm-up.
+            embedding: The model is to give embeddings; refused by name where upstream's graph has none (DeepSeek-V4).
+            pooling_type: How ``embed`` makes one vector of a text; ``"none"`` gives one for each token, None does what
+                the file says.
+            lora_path: As ``load_lora``, with `lora_scale`.
+            lora_scale: See `lora_path`.
+            draft_model: A file of ``convert --draft``, which proposes tokens: the model evaluates several at once and
+                keeps those that it chooses itself, so the text is the one without. ``stats.acceptance_rate`` counts.
+            n_draft: Tokens in a proposal at most.
             prefix_cache: Folder in which evaluated prompts are kept for this and other processes; None keeps them in
                 memory only. Belongs to the model, the build and the settings that a cache depends on.
             prefix_cache_bytes: Size of that folder at most; what was used longest ago is removed.
@@ -139,11 +157,18 @@ class LlamaBase:
         self._sampler: Sampler | None = None
         self._is_closed = False
         self._chat_template = chat_template
+        self._draft: Draft | None = None
+        self._loras: dict[LoraAdapter, float] = {}
+        self._is_embedding = embedding
+        self._pooling = pooling_type
+        self._n_rollback = 0 if draft_model is None else n_draft
         self._cache_type = cache_type
         self._act_quant = act_quant
         self._seed = SamplingParams(seed=seed).seed  # checked there
         self.stats = Stats()
 
+        if draft_model is not None:
+            check_n_draft(n_draft, min(n_ubatch, n_batch, n_ctx))
         self._report: HeaderReport = check_model(model_path)
         self.plan: Plan = plan_model(
             self._report,
@@ -152,6 +177,7 @@ class LlamaBase:
             n_ubatch=n_ubatch,
             cache_type=cache_type,
             act_quant=act_quant,
+            flash_attn=flash_attn,
             is_mapped=use_mmap and not use_mlock,
         )
         logger.info("%s: %s", self._report.header.path, self.plan.line())
@@ -179,10 +205,21 @@ class LlamaBase:
                 "act_quant": act_quant,
                 "flash_attn": flash_attn,
             }
-            self._context = Context(self._model, **self._context_options)
+            if embedding:
+                check_embeddings(self._model, pooling_type)
+            self._context = Context(self._model, **self._context_options, n_rollback=self._n_rollback)
         except BaseException:
             self._model.close()
             raise
+        if draft_model is not None:
+            try:
+                self._open_draft(
+                    draft_model, n_draft, n_gpu_layers=n_gpu_layers, use_mmap=use_mmap, use_mlock=use_mlock
+                )
+            except BaseException:
+                self._context.close()
+                self._model.close()
+                raise
         self._tokenizer = Tokenizer(self._model)
         try:
             disk = (
@@ -191,16 +228,34 @@ class LlamaBase:
                 else PrefixCache(prefix_cache, self._state_identity(), prefix_cache_bytes)
             )
         except BaseException:
-            self._context.close()
-            self._model.close()
+            for owner in (self._draft, self._context, self._model):
+                if owner is not None:
+                    owner.close()
             raise
         self._session = Session(self._context, disk)
+        if lora_path is not None:
+            try:
+                self.load_lora(lora_path, lora_scale)
+            except BaseException:
+                self.close()
+                raise
         self._sampling_defaults = _sampling_defaults(self._report.header.metadata)
         if progress is not None:
             progress(Progress("load", 1.0))
         if use_mmap and warmup and not use_mlock:
             self._warmup = Warmup(_warm_ranges(self._report), progress)
             self._warmup.start()
+
+    def _open_draft(self, path: str | os.PathLike[str], n_draft: int, **model_options: Any) -> None:
+        if self._report.header.architecture != "deepseek4":
+            raise UnsupportedModelError(
+                "opening a draft model",
+                path=path,
+                found=f"a model of '{self._report.header.architecture}'",
+                expected="one of deepseek4 to draft for",
+            )
+        self._draft = Draft(path, self._context, n_draft, self._context_options, model_options)
+        self._context.draft = self._draft
 
     # --- lifetime ---
 
@@ -212,7 +267,7 @@ class LlamaBase:
             self._is_closed = True
             if self._warmup is not None:
                 self._warmup.stop()
-            for owner in (self._engine, self._sampler, self._context, self._model):
+            for owner in (self._engine, self._sampler, self._draft, self._context, *self._loras, self._model):
                 if owner is not None:
                     owner.close()
 
@@ -274,18 +329,24 @@ class LlamaBase:
         return self._report.header.metadata
 
     def _state_identity(self) -> dict[str, str]:
-        return {
+        identity = {
             "model": self.fingerprint,
             "engine": build_info()["llama.cpp"],
             "patches": series_digest(),
             "cache type": self._cache_type,
             "act_quant": self._act_quant,
         }
+        if self._loras:
+            identity["lora"] = " ".join(f"{a.digest}*{scale}" for a, scale in self._loras.items())
+        if self._n_rollback:
+            identity["n_draft"] = str(self._n_rollback)  # copies of V4's states
+        return identity
 
-    @cached_property
+    @property
     def system_fingerprint(self) -> str:
         """What answers depend on besides the request: pinned commit, patches, and the model's ``fingerprint``."""
-        return f"fp_{build_info()['llama.cpp'][:10]}_{series_digest()}_{self.fingerprint}"
+        loras = "".join(f"_{adapter.digest}*{scale}" for adapter, scale in self._loras.items())
+        return f"fp_{build_info()['llama.cpp'][:10]}_{series_digest()}_{self.fingerprint}{loras}"
 
     @property
     def report(self) -> HeaderReport:
@@ -353,6 +414,62 @@ class LlamaBase:
         """Return the bytes one token stands for; special tokens give their text."""
         with self._use():
             return self._tokenizer.token_to_bytes(token)
+
+    # --- adapters ---
+
+    @property
+    def loras(self) -> Mapping[LoraAdapter, float]:
+        """The adapters in use, with their scales."""
+        return dict(self._loras)
+
+    def load_lora(self, path: str | os.PathLike[str], scale: float = 1.0) -> LoraAdapter:
+        """Apply a LoRA adapter from now on; what was evaluated is forgotten.
+
+        Args:
+            path: GGUF file of upstream's ``convert_lora_to_gguf.py``.
+            scale: Factor of its part, beside the adapter's own alpha.
+
+        Raises:
+            UnsupportedModelError, TensorShapeError, FormatError: It does not fit the model, or has a tensor that
+                upstream's graph would leave out without a word (of V4 ``attn_output_a`` and ``output``).
+            ModelLoadError: The engine refused it.
+        """
+        scale = _checked_scale(scale)
+        with self._change():
+            adapter = LoraAdapter(path, self._model, self._report)
+            self._loras[adapter] = scale
+            self._apply_loras()
+        return adapter
+
+    def set_lora_scale(self, adapter: LoraAdapter, scale: float) -> None:
+        """Give an adapter another scale; what was evaluated is forgotten."""
+        scale = _checked_scale(scale)
+        with self._change():
+            self._check_lora(adapter)
+            self._loras[adapter] = scale
+            self._apply_loras()
+
+    def remove_lora(self, adapter: LoraAdapter) -> None:
+        """Stop applying an adapter and free it; what was evaluated is forgotten."""
+        with self._change():
+            self._check_lora(adapter)
+            del self._loras[adapter]
+            self._apply_loras()
+            adapter.close()
+
+    def _check_lora(self, adapter: LoraAdapter) -> None:
+        if adapter not in self._loras:
+            raise ArgumentError(
+                "LoRA adapters",
+                key="adapter",
+                found=repr(adapter),
+                expected="one that load_lora of this Llama returned",
+            )
+
+    def _apply_loras(self) -> None:
+        self._context.set_loras(list(self._loras.items()))
+        self._session.set_identity(self._state_identity())
+        self._drop_sampler()
 
     # --- evaluation ---
 
@@ -427,6 +544,12 @@ class LlamaBase:
                 expected=f"at most n_ctx = {self.n_ctx}",
                 hint="Open the model with a larger n_ctx, or shorten the prompt.",
             )
+
+
+def _checked_scale(scale: float) -> float:
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise ArgumentError("LoRA adapters", key="scale", found=repr(scale), expected="a finite number")
+    return float(scale)
 
 
 def _warm_ranges(report: HeaderReport) -> list[tuple[Path, int, int]]:

@@ -6,13 +6,21 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Final
 
 from ._native import check_ptr, encode_path, ffi, lib, run_cancellable, text
-from .errors import ClosedError, ModelLoadError
+from .errors import ClosedError, ModelLoadError, UnsupportedModelError
 from .header import HeaderReport, check_header, read_header
 
 __all__ = ["Model", "check_model"]
+
+
+# Architectures that the engine knows and loads, but does not evaluate by themselves, and why.
+# Source: src/llama-context.cpp (ctx_other), src/llama-model.cpp:llama_model_has_encoder.
+_INCOMPLETE: Final = dict.fromkeys(
+    ("dflash", "eagle3", "gemma4-assistant"),
+    "It drafts for another model and runs beside it only. Open that one; this package does not draft yet.",
+) | dict.fromkeys(("t5", "t5encoder"), "It begins with an encoder, which this package does not run.")
 
 
 def check_model(path: str | os.PathLike[str]) -> HeaderReport:
@@ -22,8 +30,17 @@ def check_model(path: str | os.PathLike[str]) -> HeaderReport:
 
     Raises:
         FormatError, ModelFileError: It cannot be loaded.
+        UnsupportedModelError: It would load, but cannot be evaluated by itself.
     """
     header = read_header(path)
+    if header.architecture in _INCOMPLETE:
+        raise UnsupportedModelError(
+            "the model cannot be run by itself",
+            path=header.path,
+            key="general.architecture",
+            found=repr(header.architecture),
+            hint=_INCOMPLETE[header.architecture],
+        )
     is_other = header.architecture not in (None, "deepseek4") and bool(
         lib.pyl_knows_architecture((header.architecture or "").encode("utf-8"))
     )
@@ -46,6 +63,7 @@ class Model:
         use_mlock: Keep the pages in memory.
         use_extra_bufts: Let the CPU backend repack weights into new memory. Never for DeepSeek-V4: the repacked
             copy would be as large as the file.
+        load_mtp: Load prediction blocks as well: the file is a draft model.
         on_progress: Called with the fraction 0..1 about every 50 ms; returning False cancels the load.
 
     Raises:
@@ -62,6 +80,7 @@ class Model:
         use_mmap: bool = True,
         use_mlock: bool = False,
         use_extra_bufts: bool = False,
+        load_mtp: bool = False,
         on_progress: Callable[[float], bool] | None = None,
     ) -> None:
         self.path = Path(path)
@@ -69,6 +88,7 @@ class Model:
         params.n_gpu_layers = n_gpu_layers
         params.load_mode = _load_mode(use_mmap, use_mlock)
         params.use_extra_bufts = use_extra_bufts
+        params.load_mtp = load_mtp
         monitor = ffi.new("struct pyl_monitor *")
         c_path = ffi.new("char[]", encode_path(path))
 

@@ -7,12 +7,13 @@ names that people bring from llama-cpp-python and what they are called, or why t
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from .errors import UnknownOptionError
 
-__all__ = ["REPLACEMENTS", "keyword_names", "refuse_unknown"]
+__all__ = ["REPLACEMENTS", "keyword_names", "moved", "refuse_unknown"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -20,16 +21,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 REPLACEMENTS: Mapping[str, str] = {
     "chat_format": "`chat_template`; V4's format is chosen by itself",
     "chat_handler": "`chat_template`; V4's format is chosen by itself",
-    "draft_model": "nothing: speculative decoding is not offered yet",
-    "embedding": "nothing: embeddings are not offered yet",
     "f16_kv": '`cache_type="f16"`',
     "function_call": "`tool_choice`",
     "functions": "`tools`",
     "last_n_tokens_size": "`repeat_last_n` of a generation",
     "logits_all": '`eval(ids, logits="all")`',
-    "lora_base": "nothing: LoRA adapters are not offered yet",
-    "lora_path": "nothing: LoRA adapters are not offered yet",
-    "lora_scale": "nothing: LoRA adapters are not offered yet",
+    "lora_base": "nothing: adapters work on the weights of the file",
     "mirostat_mode": "`mirostat`",
     "n_gqa": "nothing: the file says it",
     "n_threads_batch": "`n_threads`, which holds for prefill and decode",
@@ -49,6 +46,23 @@ REPLACEMENTS: Mapping[str, str] = {
     "yarn_ext_factor": "nothing: the file says it",
     "yarn_orig_ctx": "nothing: the file says it",
 }
+
+# llama-cpp-python's classes and functions -> what to write instead; a pattern of the whole name.
+_MOVED: Mapping[str, str] = {
+    r"LlamaGrammar": "`Grammar`",
+    r"Llama(RAM|Disk)?Cache": "`Llama(prefix_cache=FOLDER)`",
+    r"LlamaPromptLookupDecoding|LlamaDraftModel": "`Llama(draft_model=FILE)`, a file of `pyllama-dsv4 convert --draft`",
+    r"(Base)?Llama(HF)?Tokenizer": "nothing: the file's vocabulary is used",
+    r"LogitsProcessorList": "a list as `logits_processor`",
+    r"StoppingCriteriaList": "`stop`, `stop_token_ids` or `stop_event`",
+    r"\w*ChatHandler": "`chat_template`, or nothing: V4's format is chosen by itself. Images and sound are not offered",
+    r"(llama|ggml|LLAMA|GGML|mtmd)_\w+": "the methods of `Llama`; native objects stay inside",
+}
+
+
+def moved(name: str) -> str | None:
+    """Return what stands here for a name of llama-cpp-python's package; None if it has no such name."""
+    return next((hint for pattern, hint in _MOVED.items() if re.fullmatch(pattern, name)), None)
 
 
 def keyword_names(function: Callable[..., Any]) -> list[str]:

@@ -245,7 +245,7 @@ class Plan:
                 key="n_ctx",
                 found=found,
                 expected=_gb(self.resident),
-                hint="A smaller n_ctx, or cache_type='q8_0', needs less.",
+                hint="A smaller n_ctx, cache_type='q8_0' or flash_attn='on' need less.",
             )
 
     def as_dict(self) -> dict[str, Any]:
@@ -288,10 +288,12 @@ def plan_model(
     report: HeaderReport,
     *,
     n_ctx: int = N_CTX_DEFAULT,
+    n_seq: int = 1,
     n_batch: int | None = None,
     n_ubatch: int = N_UBATCH_DEFAULT,
     cache_type: str = "f16",
     act_quant: Literal["none", "cache", "full"] = "cache",
+    flash_attn: Literal["auto", "on", "off"] = "auto",
     is_mapped: bool = True,
     gpu_bytes: Sequence[int] = (),
     n_gpu_layers: int | None = None,
@@ -306,10 +308,12 @@ def plan_model(
     Args:
         report: The checked header.
         n_ctx: Tokens of context.
+        n_seq: Sequences that are in the cache at once, each of `n_ctx` tokens.
         n_batch: Tokens per call at most; None takes `n_ubatch`.
         n_ubatch: Tokens evaluated at once.
         cache_type: Key of ``CACHE_BYTES``.
         act_quant: What is rounded as in DeepSeek's own code: nothing, rows that are cached, or inputs of products too.
+        flash_attn: Attention in one operation; ``off`` keeps the scores of all heads in memory.
         is_mapped: The file is mapped and not locked in memory.
         gpu_bytes: Memory of each GPU.
         n_gpu_layers: Layers on GPUs, from the last to the first, the output layer counting as one; negative means
@@ -328,7 +332,9 @@ def plan_model(
         raise _bad_argument("cache_type", repr(cache_type), ", ".join(CACHE_BYTES))
     if act_quant not in ("none", "cache", "full"):
         raise _bad_argument("act_quant", repr(act_quant), "none, cache, full")
-    for name, value in (("n_ctx", n_ctx), ("n_batch", n_batch), ("n_ubatch", n_ubatch)):
+    if flash_attn not in ("auto", "on", "off"):
+        raise _bad_argument("flash_attn", repr(flash_attn), "auto, on, off")
+    for name, value in (("n_ctx", n_ctx), ("n_seq", n_seq), ("n_batch", n_batch), ("n_ubatch", n_ubatch)):
         if value is not None and not 1 <= value < 2**31:
             raise _bad_argument(name, value, "a number from 1 to 2^31-1")
     for name, rate in (
@@ -339,7 +345,7 @@ def plan_model(
         if rate is not None and not rate > 0:
             raise _bad_argument(name, rate, "more than 0 bytes per second")
     batch = min(n_ubatch, n_batch or n_ubatch, n_ctx)
-    sizes = _Sizes.of(report, n_ctx, batch, cache_type, act_quant)
+    sizes = _Sizes.of(report, n_ctx, batch, cache_type, act_quant, flash_attn != "off", n_seq)
     layout = _Layout(
         sizes,
         gpu_bytes=tuple(gpu_bytes),
@@ -404,19 +410,29 @@ class _Sizes:
     token_input: int
 
     @classmethod
-    def of(cls, report: HeaderReport, n_ctx: int, batch: int, cache_type: str, act_quant: str) -> _Sizes:
+    def of(
+        cls,
+        report: HeaderReport,
+        n_ctx: int,
+        batch: int,
+        cache_type: str,
+        act_quant: str,
+        has_flash_attn: bool,
+        n_seq: int,
+    ) -> _Sizes:
         header, hp = report.header, report.hparams
         n_cells = padded(n_ctx, _CELLS)
         if hp is not None:
-            shape = _batch_shape(hp, n_cells, batch, cache_type, act_quant)
+            shape = _batch_shape(hp, n_cells, batch, cache_type, act_quant, has_flash_attn)
             caches = [_v4_cache(hp, ratio, shape) for ratio in hp.compress_ratios[: hp.n_layer]]
             compute = compute_bytes(hp, shape)
             n_used, n_expert = hp.n_expert_used, hp.n_expert
         else:
             other = _OtherModel(header)
             caches = [other.cache(il, n_cells, CACHE_BYTES[cache_type]) for il in range(other.n_layer)]
-            compute = other.compute(batch, n_cells)
+            compute = other.compute(batch, n_cells, has_flash_attn)
             n_used, n_expert = other.n_expert_used, other.n_expert
+        caches = [(n_seq * cache, token) for cache, token in caches]
         return cls._sum(header, caches, compute, n_used, n_expert)
 
     @classmethod
@@ -465,7 +481,9 @@ def _row_bytes(tensor: Tensor) -> int:
     return tensor.type.n_bytes(tensor.dims[0])
 
 
-def _batch_shape(hp: HParams, n_cells: int, batch: int, cache_type: str, act_quant: str) -> BatchShape:
+def _batch_shape(
+    hp: HParams, n_cells: int, batch: int, cache_type: str, act_quant: str, has_flash_attn: bool
+) -> BatchShape:
     def rows(ratio: int) -> int:
         return padded(max(1, -(-n_cells // ratio)), _CELLS)
 
@@ -479,6 +497,7 @@ def _batch_shape(hp: HParams, n_cells: int, batch: int, cache_type: str, act_qua
         is_cache_quantized=cache_type == "q8_0",
         rounds_cache=act_quant != "none",
         rounds_inputs=act_quant == "full",
+        has_flash_attn=has_flash_attn,
     )
 
 
@@ -535,15 +554,18 @@ class _OtherModel:
         n = int(n_cells * n_head_kv * width * value_bytes)
         return n, n
 
-    def compute(self, batch: int, n_cells: int) -> int:
-        """Return the larger of the head's and a layer's activations in F32, and the mask of a batch in F16."""
+    def compute(self, batch: int, n_cells: int, has_flash_attn: bool) -> int:
+        """Return the larger of the head's and a layer's activations in F32, and the mask of a batch in F16.
+
+        Without flash attention the mask is F32, and there are the scores of all heads.
+        """
         embd = self._header.tensor("token_embd.weight")
         n_vocab = embd.dims[1] if embd is not None and len(embd.dims) > 1 else 0
         inner = max(
             self._int("feed_forward_length"), self._int("expert_feed_forward_length") * self.n_expert_used
         )
         values = 2 * self._n_embd + max(n_vocab, 5 * self._n_embd + 2 * inner)
-        return batch * (4 * values + 2 * n_cells)
+        return batch * (4 * values + (2 if has_flash_attn else 4 * (1 + self._n_head)) * n_cells)
 
 
 # --- placement ------------------------------------------------------------------------------------

@@ -46,9 +46,13 @@ class PrefixCache:
             raise ArgumentError("prefix cache", key="prefix_cache_bytes", found=bytes_max, expected="above 0")
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._bytes_max = bytes_max
+        self.set_identity(identity)
+
+    def set_identity(self, identity: Mapping[str, str]) -> None:
+        """Keep and find the states of another identity from now on."""
         self._identity = dict(identity)
         self._engine = hashlib.sha256(repr(sorted(identity.items())).encode("utf-8")).hexdigest()[:16]
-        self._bytes_max = bytes_max
 
     def _path(self, ids: Sequence[int]) -> Path:
         digest = hashlib.sha256(np.asarray(ids, "<i4").tobytes()).hexdigest()[:32]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 if TYPE_CHECKING:
     from .logprobs import ChatLogprobs, CompletionLogprobs
@@ -18,6 +18,8 @@ __all__ = [
     "ChatDelta",
     "Completion",
     "CompletionUsage",
+    "Embedding",
+    "Embeddings",
     "FinishReason",
     "FunctionCall",
     "ResponseHead",
@@ -28,6 +30,7 @@ __all__ = [
     "chat_completion",
     "chat_completion_chunk",
     "completion",
+    "embeddings",
     "usage",
 ]
 
@@ -183,6 +186,39 @@ class Completion(_Completion, total=False):
     """An answer to ``create_completion``, or a piece of a streamed one; ``usage`` comes with the last."""
 
     usage: CompletionUsage
+
+
+class Embedding(TypedDict):
+    """The vector of one text; without pooling one for each of its tokens."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | list[list[float]]
+
+
+class EmbeddingUsage(TypedDict):
+    """Token counts of one request."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embeddings(TypedDict):
+    """An answer to ``create_embedding``."""
+
+    object: Literal["list"]
+    model: str
+    data: list[Embedding]
+    usage: EmbeddingUsage
+
+
+def embeddings(model: str, rows: list[Any], n_tokens: int) -> Embeddings:
+    """Return vectors in OpenAI's form."""
+    data: list[Embedding] = [
+        {"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(rows)
+    ]
+    usage: EmbeddingUsage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
+    return {"object": "list", "model": model, "data": data, "usage": usage}
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,7 @@ def run_server(
         n_ubatch=n_ubatch,
         cache_type=cache_type,
         act_quant=act_quant,  # type: ignore[arg-type]  # checked above
+        flash_attn=flash_attn,  # type: ignore[arg-type]  # refused there otherwise
         is_mapped=use_mmap and not use_mlock,
     )
     if on_plan is not None:

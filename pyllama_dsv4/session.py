@@ -8,7 +8,7 @@ the last token of every prompt: the next prompt of a chat may replace exactly th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,6 +86,27 @@ class Session:
             raise
         self._ids.extend(int(i) for i in ids)
         return rows
+
+    def set_identity(self, identity: Mapping[str, str]) -> None:
+        """Forget all tokens: what they depend on has changed, and is called so from now on."""
+        self.reset()
+        if self._prefix_cache is not None:
+            self._prefix_cache.set_identity(identity)
+
+    def propose(self, token: int, n_max: int) -> list[int]:
+        """Return what a draft model lets follow `token`; see ``Context.propose``."""
+        return self._context.propose(token, n_max)
+
+    def settle(self, n_accepted: int, n_rejected: int, logits: npt.NDArray[np.float32]) -> None:
+        """Drop the rejected end of a proposal; see ``Context.settle``."""
+        self.version += 1
+        if n_rejected:
+            del self._ids[-n_rejected:]
+        try:
+            self._context.settle(n_accepted, n_rejected, logits)
+        except BaseException:
+            self._ids = []
+            raise
 
     def prefill(self, ids: Sequence[int], *, watch: Watch | None = None) -> int:
         """Make the cache hold exactly `ids`, evaluating as little as possible.

@@ -27,7 +27,7 @@ class Progress:
     """How far a load or warm-up is.
 
     Attributes:
-        stage: ``"load"`` or ``"warmup"``.
+        stage: ``"load"`` or ``"warmup"``; of ``Llama.from_pretrained`` also ``"download"``.
         fraction: 0 to 1.
         n_bytes: Bytes done (warm-up only).
         n_bytes_total: Bytes planned (warm-up only).

@@ -19,6 +19,8 @@ USER = "<｜User｜>"
 ASSISTANT = "<｜Assistant｜>"
 THINK, THINK_END = "<think>", "</think>"
 DSML = "｜DSML｜"
+REMINDER = "<｜latest_reminder｜>"
+USER_SIDE = ("user", "developer", "tool")
 
 
 class Wording:
@@ -113,6 +115,7 @@ def prompt_text(
     tools: Sequence[Mapping[str, Any]] = (),
     thinking: bool = False,
     reasoning_effort: str | None = None,
+    drop_thinking: bool = True,
     json_schema: Mapping[str, Any] | None = None,
     add_generation_prompt: bool = True,
 ) -> str:
@@ -131,26 +134,46 @@ def prompt_text(
     out.append("\n\n".join(sections))
 
     ordered = [m for m in in_call_order(messages) if m["role"] != "system"]
-    user_side = [i for i, m in enumerate(ordered) if m["role"] in ("user", "tool")]
-    last_user = user_side[-1] if user_side else -1
+    last_user = max((i for i, m in enumerate(ordered) if m["role"] in USER_SIDE), default=-1)
     uses_tools = bool(tools) or any(m["role"] == "tool" for m in ordered)
 
-    before = None
+    def header(i: int) -> str:
+        """The assistant's, of what is said behind message i or instead of it."""
+        thinks = thinking and (uses_tools or not drop_thinking or i >= last_user)
+        return ASSISTANT + (THINK if thinks else THINK_END)
+
+    is_open = False  # a header, or the token of a task, waits for its answer
     for i, message in enumerate(ordered):
-        if message["role"] == "assistant":
-            out.append(ASSISTANT)
-            if thinking and (uses_tools or i > last_user):
-                out.append(THINK + message.get("reasoning_content", ""))
-            out.append(THINK_END + message["content"])
+        role, text = message["role"], message["content"]
+        before = ordered[i - 1] if i else {}
+        following = ordered[i + 1]["role"] if i + 1 < len(ordered) else None
+        if role == "assistant":
+            if not is_open:
+                out.append(header(i))
+            if "task" not in before:
+                kept = thinking and (uses_tools or not drop_thinking or i > last_user)
+                out.append(message.get("reasoning_content", "") + THINK_END if kept else "")
+            out.append(text)
             if message.get("tool_calls"):
                 out.append("\n\n" + calls_text(message["tool_calls"]))
             out.append(EOS)
+            is_open = False
+        elif role == "latest_reminder":
+            out.append(REMINDER + text)
         else:
-            out.append("\n\n" if before in ("user", "tool") else USER)
-            text = message["content"]
-            out.append(f"<tool_result>{text}</tool_result>" if message["role"] == "tool" else text)
-        before = message["role"]
+            is_joined = role != "developer" and before.get("role") in ("user", "tool")
+            out.append("\n\n" if is_joined else USER)
+            out.append(f"<tool_result>{text}</tool_result>" if role == "tool" else text)
+            is_open = False
+        task = message.get("task")
+        if task is not None:
+            action = ASSISTANT + (THINK if thinking else THINK_END)
+            out.append((action if task == "action" else "") + f"<｜{task}｜>")
+            is_open = True
+        elif role in USER_SIDE and (following in ("assistant", "latest_reminder")):
+            out.append(header(i))
+            is_open = True
 
-    if add_generation_prompt:
+    if add_generation_prompt and not is_open:
         out.append(ASSISTANT + (THINK if thinking else THINK_END))
     return "".join(out)

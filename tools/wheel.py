@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 WHEELS = ROOT / "build" / "wheel"
 DIST = ROOT / "dist"
-RUN = ["-m", "pyllama_dsv4", "run", "-p", "The capital of France is", "-n", "4", "--seed", "1"]
+CHAT = ["-m", "pyllama_dsv4", "chat", "-n", "4", "--seed", "1"]
 
 
 def say(text: str) -> None:
@@ -68,7 +68,7 @@ def try_out(wheel: Path) -> None:
             "LANG": os.environ.get("LANG", "C.UTF-8"),
         }
         say("in a fresh environment without a compiler")
-        answer = expect(run([str(python), *RUN], cwd=folder, env=environment), "run")
+        answer = expect(run([str(python), *CHAT], cwd=folder, env=environment, input="Hello\n"), "chat")
         print(
             expect(
                 run([str(python), "-m", "pyllama_dsv4", "--version"], cwd=folder, env=environment),
@@ -81,9 +81,14 @@ def try_out(wheel: Path) -> None:
             say("qemu-x86_64 is not installed: other CPUs were not tried")
             return
         say("on an emulated Haswell")
-        expect(run([qemu, "-cpu", "Haswell", str(python), *RUN], cwd=folder, env=environment), "Haswell")
+        expect(
+            run([qemu, "-cpu", "Haswell", str(python), *CHAT], cwd=folder, env=environment, input="Hello\n"),
+            "Haswell",
+        )
         say("on an emulated Nehalem, which has no AVX2")
-        result = run([qemu, "-cpu", "Nehalem", str(python), *RUN], cwd=folder, env=environment)
+        result = run(
+            [qemu, "-cpu", "Nehalem", str(python), *CHAT], cwd=folder, env=environment, input="Hello\n"
+        )
         if result.returncode == 0 or "avx2" not in result.stderr or "Traceback" in result.stderr:
             fail(
                 f"expected a named error about avx2, got exit code {result.returncode}: {result.stderr[-2000:]}"

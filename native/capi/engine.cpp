@@ -173,6 +173,18 @@ int32_t pyl_logits_copy(struct llama_context * ctx, int32_t i, float * out, int3
     });
 }
 
+int32_t pyl_embedding_copy(struct llama_context * ctx, int32_t seq_id, int32_t i, float * out, int32_t n_embd) {
+    return pyl_guard([&]() -> int32_t {
+        const float * values = seq_id >= 0 ? llama_get_embeddings_seq(ctx, seq_id) : llama_get_embeddings_ith(ctx, i);
+        if (!values) {
+            pyl_set_error("no embeddings were computed");
+            return PYL_ERROR_ARGUMENT;
+        }
+        std::copy(values, values + n_embd, out);
+        return PYL_OK;
+    });
+}
+
 int32_t pyl_memory_breakdown(const struct llama_context * ctx, struct pyl_memory * out, int32_t n_max) {
     return pyl_guard([&]() -> int32_t {
         int32_t n = 0;

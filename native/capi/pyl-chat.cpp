@@ -4,6 +4,7 @@
 #include "pyl-chat.h"
 
 #include "answer-reader.h"
+#include "dsv4-template.h"
 #include "error.h"
 #include "nesting.h"
 #include "prompt-parts.h"
@@ -22,6 +23,11 @@ using json = common_json;
 namespace {
 
 struct bad_request : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+// The request is well-formed, and the template cannot say it.
+struct no_such_role : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
@@ -67,7 +73,8 @@ struct request {
     common_chat_templates_inputs inputs;
     std::string                  tool_name; // the one tool that may be called; the prompt shows all
 
-    explicit request(const std::string & text) {
+    // is_extended: the template knows the roles of dsv4-template.h
+    request(const std::string & text, bool is_extended) : is_extended(is_extended) {
         const json body = parse_json(text, "request");
         if (!body.is_object()) {
             throw bad_request("request: not a JSON object");
@@ -88,6 +95,8 @@ struct request {
                 throw;
             } catch (const std::bad_alloc &) {
                 throw;
+            } catch (const no_such_role &) {
+                throw;
             } catch (const std::exception & err) {
                 throw bad_request("request: '" + key + "': " + err.what());
             }
@@ -100,12 +109,56 @@ struct request {
                 throw bad_request("request: 'tool_name' names no tool");
             }
         }
+        if (!inputs.messages.empty() && inputs.messages.back().role == DSV4_ROLE_TASK) {
+            // the answer is text, whatever the conversation before it was
+            inputs.chat_template_kwargs["thinking"] = inputs.enable_thinking ? "true" : "false";
+            inputs.enable_thinking = false;
+            inputs.tool_choice     = COMMON_CHAT_TOOL_CHOICE_NONE;
+        }
     }
 
   private:
+    bool is_extended;
+
+    void add_message(const char * role, const std::string & content) {
+        common_chat_msg msg;
+        msg.role    = role;
+        msg.content = content;
+        inputs.messages.push_back(msg);
+    }
+
+    // Source: DeepSeek's encoding_dsv4.py. A developer's message is a user's turn of its own; upstream would make it the
+    // system's.
+    void set_messages(const json & value) {
+        size_t i = 0;
+        for (auto & msg : common_chat_msgs_parse_oaicompat(value)) {
+            const json &      source       = value.at(i++);
+            const bool        has_task     = source.contains("task");
+            const std::string task         = has_task ? source.at("task").get<std::string>() : "";
+            const bool        is_developer = is_extended && msg.role == "developer";
+            if (has_task && !dsv4_is_task(task)) {
+                throw bad_request("request: unknown task '" + task + "'");
+            }
+            if (!is_extended && (has_task || msg.role == "latest_reminder")) {
+                throw no_such_role("this chat template has neither tasks nor the role 'latest_reminder'");
+            }
+            if (is_developer) {
+                add_message(DSV4_ROLE_TURN_END, "");
+                msg.role = "user";
+            }
+            inputs.messages.push_back(msg);
+            if (is_developer) {
+                add_message(DSV4_ROLE_TURN_END, "");
+            }
+            if (has_task) {
+                add_message(DSV4_ROLE_TASK, task);
+            }
+        }
+    }
+
     void set(const std::string & key, const json & value) {
         if (key == "messages") {
-            inputs.messages = common_chat_msgs_parse_oaicompat(value);
+            set_messages(value);
             for (const auto & msg : inputs.messages) {
                 for (const auto & call : msg.tool_calls) {
                     parse_json(call.arguments, "tool call arguments");
@@ -210,6 +263,7 @@ struct pyl_chat {
     const llama_vocab *       vocab;
     common_chat_templates_ptr templates;
     dsv4_prompt_tokenizer     tokenizer;
+    bool                      is_extended; // the template knows the roles of dsv4-template.h
 };
 
 struct pyl_chat_parser {
@@ -227,12 +281,14 @@ struct pyl_chat * pyl_chat_init(const struct llama_model * model, const char * t
         if (!source || !*source) {
             throw bad_request(template_text ? "the chat template is empty" : "the file has no chat template");
         }
+        const std::string extended = dsv4_extend_template(source);
         // for the message: common_chat_templates_init rethrows without it
         jinja::lexer lexer;
-        const auto lexed = lexer.tokenize(source);
+        const auto lexed = lexer.tokenize(extended);
         jinja::parse_from_tokens(lexed);
 
-        chat = new pyl_chat{ vocab, common_chat_templates_init(model, source), dsv4_prompt_tokenizer(vocab) };
+        chat = new pyl_chat{ vocab, common_chat_templates_init(model, extended), dsv4_prompt_tokenizer(vocab),
+            dsv4_is_extended_template(extended) };
     });
     return chat;
 }
@@ -244,8 +300,12 @@ void pyl_chat_free(struct pyl_chat * chat) {
 int32_t pyl_chat_format(const struct pyl_chat * chat, const char * request_json, char ** out) {
     *out = nullptr;
     return guard_request([&] {
-        const request req(request_json);
-        const auto params = common_chat_templates_apply(chat->templates.get(), req.inputs);
+        const request req(request_json, chat->is_extended);
+        auto params = common_chat_templates_apply(chat->templates.get(), req.inputs);
+        if (chat->is_extended && req.inputs.add_generation_prompt && params.generation_prompt.empty()) {
+            // behind a task or a reminder the answer begins without a header, and is read as if there was one
+            params.generation_prompt = req.inputs.enable_thinking ? "<｜Assistant｜><think>" : "<｜Assistant｜></think>";
+        }
         const auto parts  = pyl_prompt_parts(params);
         const auto tokens = pyl_prompt_tokens(chat->vocab, chat->tokenizer, parts);
 

@@ -34,7 +34,8 @@ void pyl_chat_free(struct pyl_chat * chat);
 //   "tool_name": str            the only tool that may be called; with "tool_choice": "required"
 //   "json_schema": {...}        the answer must follow it
 //   "template_kwargs": {...}    further variables of the template, e.g. {"reasoning_effort": "max"}
-// Other members are refused.
+// Other members are refused. With a V4 template, messages may have the roles developer and latest_reminder, and beside
+// the content a "task" (dsv4-template.h), which the answer or nothing follows.
 //
 // out: {
 //   "tokens": [ids],            the exact prompt, BOS included

@@ -80,6 +80,41 @@ int32_t pyl_decode_mixed(struct llama_context * ctx, const int32_t * tokens, con
 // Copy the logits of token i of the last decoded batch (-1: the last output) to out[n_vocab].
 int32_t pyl_logits_copy(struct llama_context * ctx, int32_t i, float * out, int32_t n_vocab);
 
+// Copy the embedding of sequence seq_id (with pooling) or of token i of the last batch (seq_id < 0) to out[n_embd].
+int32_t pyl_embedding_copy(struct llama_context * ctx, int32_t seq_id, int32_t i, float * out, int32_t n_embd);
+
+// --- speculative decoding ---
+
+enum pyl_draft_kind {
+    PYL_DRAFT_MTP    = 0, // a prediction block, in a context of type LLAMA_CONTEXT_TYPE_MTP
+    PYL_DRAFT_DSPARK = 1,
+    PYL_DRAFT_DFLASH = 2,
+};
+
+struct pyl_draft; // a draft model at work beside sequence 0 of a context
+
+// Whether a model can draft for another; to be asked before it gets a context, which asserts that it does.
+int32_t pyl_draft_check(const struct llama_model * target, const struct llama_model * model, enum pyl_draft_kind kind);
+
+// Both contexts must outlive the result; `context` is the draft model's and was made with `target` as ctx_other and the
+// same monitor. `target` must be able to drop n_max tokens (n_rs_seq). NULL on failure.
+struct pyl_draft * pyl_draft_init(struct llama_context * target, struct llama_context * context,
+        enum pyl_draft_kind kind, int32_t n_max, struct pyl_monitor * monitor);
+void               pyl_draft_free(struct pyl_draft * draft);
+
+// After every pyl_decode of `target`, with the same tokens: what the draft model has to know of them.
+int32_t pyl_draft_process(struct pyl_draft * draft, const int32_t * tokens, int32_t n_tokens, int32_t pos);
+
+// Propose what follows `token`, which is to be evaluated at pos, in out[n_max]. Returns the number of tokens, which may
+// be 0, or a pyl_status.
+int32_t pyl_draft_propose(struct pyl_draft * draft, int32_t token, int32_t pos, int32_t n_max, int32_t * out);
+
+// Of the last proposal n_accepted were right: drop everything from pos on, in both caches.
+int32_t pyl_draft_accept(struct pyl_draft * draft, int32_t n_accepted, int32_t pos);
+
+// Forget all tokens of the draft model; what comes next may be at any position.
+void pyl_draft_clear(struct pyl_draft * draft);
+
 // --- sampling ---
 
 struct pyl_sampler; // a grammar, if one was set, and upstream's sampler chain; for one thread at a time

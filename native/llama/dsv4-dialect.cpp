@@ -3,6 +3,7 @@
 #include "dsv4-check.h"
 #include "dsv4-quant.h"
 #include "dsv4-refusal.h"
+#include "dsv4-template.h"
 
 #include "llama-impl.h"
 #include "llama-model-loader.h"
@@ -11,10 +12,13 @@
 
 static const char * const KEY_TEMPLATE = "tokenizer.chat_template";
 
-// Present in every V4 template, and what upstream's parser selects its DSML reader by; the native writer's short
-// template has no tools, no thinking and no separator before past answers.
-static bool is_v4_template(const std::string & text) {
-    return text.find("dsml_token") != std::string::npos;
+// Not for the quantiser: what it writes is for every reader.
+static void extend_template(gguf_context * metadata) {
+    const int64_t id = gguf_find_key(metadata, KEY_TEMPLATE);
+    if (id >= 0 && !dsv4_current_quant_job()) {
+        const std::string extended = dsv4_extend_template(gguf_get_val_str(metadata, id));
+        gguf_set_val_str(metadata, KEY_TEMPLATE, extended.c_str());
+    }
 }
 
 static void rename_tensors(llama_model_loader & ml, size_t & n_renamed) {
@@ -103,6 +107,7 @@ void dsv4_dialect_apply(llama_model_loader & ml, const std::string & fname, cons
         job->input = header.is_native ? DSV4_FORM_NATIVE : DSV4_FORM_UPSTREAM;
     }
     if (!header.is_native) {
+        extend_template(ml.metadata);
         return;
     }
 
@@ -111,7 +116,8 @@ void dsv4_dialect_apply(llama_model_loader & ml, const std::string & fname, cons
 
     const int64_t id = gguf_find_key(ml.metadata, KEY_TEMPLATE);
     const bool has_vocab         = gguf_find_key(ml.metadata, "tokenizer.ggml.tokens") >= 0;
-    const bool replaces_template = id < 0 ? has_vocab : !is_v4_template(gguf_get_val_str(ml.metadata, id));
+    // the native writer's short template has no tools, no thinking and no separator before past answers
+    const bool replaces_template = id < 0 ? has_vocab : !dsv4_is_v4_template(gguf_get_val_str(ml.metadata, id));
     if (job) {
         for (const auto & [name, value] : derived) {
             GGML_UNUSED(value);
@@ -127,6 +133,7 @@ void dsv4_dialect_apply(llama_model_loader & ml, const std::string & fname, cons
         derived.emplace_back(KEY_TEMPLATE, std::string(dsv4_chat_template));
     }
     dsv4_set_derived(ml.metadata, derived);
+    extend_template(ml.metadata);
 
     LLAMA_LOG_INFO("%s: native dialect: %zu tensors renamed, %zu keys derived%s\n", __func__,
             n_renamed, derived.size() - (replaces_template ? 1 : 0), replaces_template ? ", chat template replaced" : "");

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from pyllama_dsv4.errors import ArgumentError, ContextFullError, PyllamaError
+from pyllama_dsv4.errors import ArgumentError, CancelledError, ContextFullError, PyllamaError
 
+from .answers import AnswerOptions, answer_options
 from .chat_input import PipeInput, Source, TerminalInput, history_path
 from .common import (
     Options,
@@ -87,6 +88,7 @@ _KEYS: Final = (
 @option("--no-history", is_flag=True, section=CONVERSATION, help="Do not keep messages for the arrow keys.")
 @model_argument
 @sampling_options
+@answer_options
 @load_options
 @output_options
 @click.pass_context
@@ -106,16 +108,18 @@ def chat(
     answers go to stdout, everything else to stderr.
     """
     options = Options.take(ctx, values)
+    wanted = AnswerOptions.take(ctx, values)
     is_terminal = sys.stdin.isatty() and (sys.stdout.isatty() or sys.stderr.isatty())
     template_text = None if template is None else template.read_text(encoding="utf-8", errors="replace")
     path, max_tokens = model_or_demo(options)
-    with open_model(options, path, chat_template=template_text) as (llm, warmup_text):
+    with open_model(options, path, chat_template=template_text, **wanted.load) as (llm, warmup_text):
         settings = _Settings(
             is_thinking=is_thinking,
             is_thinking_shown=not hide_thinking,
             system=system,
             max_tokens=max_tokens,
             sampling=options.sampling,
+            more={**wanted.of_chat(), **wanted.generation},
         )
         # a file without a vocabulary or a usable template is refused now and not at the first message
         llm.format_chat_tokens([{"role": "user", "content": ""}])
@@ -152,6 +156,7 @@ class _Settings:
     system: str | None
     max_tokens: int | None
     sampling: dict[str, Any]
+    more: dict[str, Any]
     effort: ReasoningEffort | None = None
 
 
@@ -271,6 +276,12 @@ class _Chat:
                 " /reset starts a new conversation; a larger -c gives it more room."
             )
             return answer
+        except CancelledError as error:
+            self._fail(str(error))
+            if not (answer.content or answer.reasoning):
+                self.ui.note("stopped before the answer began: the message is taken back")
+                return answer
+            answer.finish = "timeout"
         except PyllamaError as error:
             self._fail(str(error))
             return answer
@@ -291,8 +302,10 @@ class _Chat:
     def _close_answer(self, answer: _Answer) -> None:
         stats = self.llm.stats
         counts = stats_line(stats, self.llm.n_tokens, self.llm.n_ctx)
-        if answer.finish == "interrupted":
+        if answer.finish in ("interrupted", "timeout"):
             counts = f"stopped | {counts}"
+        elif answer.finish == "loop":
+            counts += " | ended by --loop-guard"
         elif answer.finish == "length" and stats.n_tokens_generated == self.settings.max_tokens:
             counts += f" | ended by -n {self.settings.max_tokens}"
         self.ui.note(counts)
@@ -310,19 +323,22 @@ class _Chat:
         """Stream the answer to the screen and into `answer`."""
         settings, llm, before = self.settings, self.llm, self.llm.stats
         system = [] if settings.system is None else [{"role": "system", "content": settings.system}]
-        chunks = llm.create_chat_completion(
-            [*system, *messages],
-            stream=True,
-            thinking=settings.is_thinking,
-            reasoning_effort=settings.effort if settings.is_thinking else None,
-            max_tokens=settings.max_tokens,
-            **settings.sampling,
-        )
         with (
             closing(_Shown(self.writer, self.ui, is_thinking_shown=settings.is_thinking_shown)) as shown,
             self.ui.waiting("thinking" if settings.is_thinking else "reading the message") as waiting,
             _Interrupts(is_heard=lambda: llm.stats is not before) as interrupts,
-            closing(chunks),  # type: ignore[type-var]  # it is a generator
+            closing(  # type: ignore[type-var]  # it is a generator
+                llm.create_chat_completion(
+                    [*system, *messages],
+                    stream=True,
+                    thinking=settings.is_thinking,
+                    reasoning_effort=settings.effort if settings.is_thinking else None,
+                    max_tokens=settings.max_tokens,
+                    on_prefill=waiting.advance,
+                    **settings.more,
+                    **settings.sampling,
+                )
+            ) as chunks,
         ):
             for chunk in chunks:
                 choice = chunk["choices"][0]

@@ -375,9 +375,14 @@ def stats_line(stats: Stats, n_tokens: int, n_ctx: int) -> str:
     cached = f" ({stats.n_tokens_cached:,} cached)" if stats.n_tokens_cached else ""
     return (
         f"prompt {stats.n_tokens_prompt:,}{cached}{_speed(stats.prefill_tokens_per_s)}"
-        f" | answer {stats.n_tokens_generated:,}{_speed(stats.decode_tokens_per_s)}"
+        f" | answer {stats.n_tokens_generated:,}{_speed(stats.decode_tokens_per_s)}{_accepted(stats)}"
         f" | context {n_tokens:,} of {n_ctx:,}"
     )
+
+
+def _accepted(stats: Stats) -> str:
+    rate = stats.acceptance_rate
+    return "" if rate is None else f", {rate:.0%} of {stats.n_tokens_drafted:,} drafted"
 
 
 def _speed(tokens_per_s: float) -> str:

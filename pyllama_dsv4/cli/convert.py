@@ -19,7 +19,7 @@ from pyllama_dsv4.convert.writer import PARTIAL_SUFFIX
 
 from .exit_codes import ExitCode
 from .help import Command, option
-from .progress import byte_progress, print_rows, size
+from .progress import byte_progress, print_rows, quiet_option, size, threads_option
 from .terminal import Ui, clean
 
 __all__ = ["convert"]
@@ -54,18 +54,7 @@ OUTPUT: Final = "Output"
     section=CONVERSION,
     help="FP8 dense weights and MXFP4 experts, as released; there is no other yet.",
 )
-@option(
-    "-t",
-    "--threads",
-    "--torch-threads",
-    "n_threads",
-    type=click.IntRange(1, 1024),
-    metavar="N",
-    default_text="all cores, at least 4",
-    section=CONVERSION,
-    is_brief=True,
-    help="Worker threads.",
-)
+@threads_option("--torch-threads", section=CONVERSION, default_text="all cores, at least 4", is_brief=True)
 @option(
     "--model-name",
     metavar="TEXT",
@@ -133,7 +122,7 @@ OUTPUT: Final = "Output"
     help="Convert only this tensor, in memory, and back; compare with the checkpoint, and with FILE if given.",
 )
 @option("-v", "--verbose", is_flag=True, section=OUTPUT, help="List every tensor.")
-@option("-q", "--quiet", is_flag=True, section=OUTPUT, help="No progress and no report, only errors.")
+@quiet_option
 @click.pass_context
 def convert(
     ctx: click.Context,

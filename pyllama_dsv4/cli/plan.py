@@ -50,6 +50,10 @@ _Rows = list[tuple[str, ...]]
     section=MODEL, has_env=False, help=f"Type of the KV cache: {', '.join(CACHE_BYTES)}.",
 )  # fmt: skip
 @option(
+    "-fa", "--flash-attn", "flash_attn", type=click.Choice(("auto", "on", "off")), metavar="on|off|auto",
+    default="auto", section=MODEL, has_env=False, help="Attention in one operation; off needs far more memory.",
+)  # fmt: skip
+@option(
     "--no-mmap", is_flag=True, section=MODEL, has_env=False,
     help="As for a load with --no-mmap or --mlock: all weights stay in memory.",
 )  # fmt: skip

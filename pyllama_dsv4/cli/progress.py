@@ -1,4 +1,4 @@
-"""How commands that work through gigabytes show it, sizes as options, and the rows of a report.
+"""How commands that work through gigabytes show it, the options that they share, and the rows of a report.
 
 A bar on a terminal, a line now and then elsewhere; both with GB/s and the time left, on stderr.
 """
@@ -9,22 +9,50 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
+from .help import option
 from .terminal import Ui, clean
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-__all__ = ["Report", "byte_progress", "print_rows", "size"]
+__all__ = ["Report", "byte_progress", "print_rows", "quiet_option", "size", "threads_option"]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 LINE_INTERVAL_S: Final = 5.0
 """Seconds between progress lines when stderr is not a terminal."""
 
 Report = Callable[[int, int, str], None]
 """Called with bytes done, bytes in all, and what is in work."""
+
+
+def threads_option(
+    *more_names: str, section: str, default_text: str = "all cores", is_brief: bool = False
+) -> Callable[[F], F]:
+    """Add ``-t``, the workers of a command, as ``n_threads``."""
+    return option(
+        "-t",
+        "--threads",
+        *more_names,
+        "n_threads",
+        type=click.IntRange(1, 1024),
+        metavar="N",
+        default_text=default_text,
+        section=section,
+        is_brief=is_brief,
+        help="Worker threads.",
+    )
+
+
+def quiet_option(function: F) -> F:
+    """Add ``-q`` of commands that end with a report."""
+    return option(
+        "-q", "--quiet", is_flag=True, section="Output", help="No progress and no report, only errors."
+    )(function)
 
 
 def size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:

@@ -8,7 +8,7 @@ from typing import Any, Final
 import click
 
 from .help import Command, option
-from .progress import byte_progress
+from .progress import byte_progress, quiet_option, threads_option
 from .terminal import Ui, clean
 
 __all__ = ["quantize"]
@@ -32,10 +32,7 @@ OUTPUT: Final = "Output"
     "--dialect", type=click.Choice(("keep", "native", "upstream")), metavar="NAME", default="keep",
     section=QUANTIZING, has_env=False, help="Names and keys of a DeepSeek-V4 output: native, upstream, or keep.",
 )  # fmt: skip
-@option(
-    "-t", "--threads", "n_threads", type=click.IntRange(1, 1024), metavar="N", default_text="all cores",
-    section=QUANTIZING, is_brief=True, help="Threads.",
-)  # fmt: skip
+@threads_option(section=QUANTIZING, is_brief=True)
 @option(
     "--imatrix", type=click.Path(path_type=Path), metavar="FILE", section=QUANTIZING, has_env=False,
     help="Importance matrix (GGUF); types below three bits need one.",
@@ -49,7 +46,7 @@ OUTPUT: Final = "Output"
     help="Check everything and print the sizes; write nothing.",
 )  # fmt: skip
 @option("-v", "--verbose", is_flag=True, section=OUTPUT, help="List every tensor.")
-@option("-q", "--quiet", is_flag=True, section=OUTPUT, help="No progress and no report, only errors.")
+@quiet_option
 def quantize(
     infile: Path,
     outfile: Path,

@@ -11,7 +11,7 @@ from pyllama_dsv4.convert import restore as restore_checkpoint
 
 from .exit_codes import ExitCode
 from .help import Command, option
-from .progress import byte_progress, print_rows
+from .progress import byte_progress, print_rows, quiet_option, threads_option
 from .terminal import Ui, clean
 
 __all__ = ["restore"]
@@ -47,18 +47,8 @@ N_NAMES = 3
     has_env=False,
     help="What convert --draft wrote: for the shards that hold the draft model.",
 )
-@option(
-    "-t",
-    "--threads",
-    "n_threads",
-    type=click.IntRange(1, 1024),
-    metavar="N",
-    default_text="all cores, at least 4",
-    section="Restoring",
-    is_brief=True,
-    help="Worker threads.",
-)
-@option("-q", "--quiet", is_flag=True, section="Output", help="No progress and no report, only errors.")
+@threads_option(section="Restoring", default_text="all cores, at least 4", is_brief=True)
+@quiet_option
 def restore(
     file: Path, out: Path, recipe: Path, draft: Path | None, n_threads: int | None, quiet: bool
 ) -> ExitCode:

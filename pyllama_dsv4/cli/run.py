@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import click
 
+from .answers import AnswerOptions, answer_options
 from .common import (
     Options,
     load_options,
@@ -44,6 +45,7 @@ PROMPT: Final = "Prompt"
 )  # fmt: skip
 @model_argument
 @sampling_options
+@answer_options
 @load_options
 @output_options
 @click.pass_context
@@ -54,16 +56,26 @@ def run(ctx: click.Context, /, prompt: str | None, prompt_file: Path | None, **v
     tokens in it counts as those tokens. Ctrl-C ends the completion.
     """
     options = Options.take(ctx, values)
+    wanted = AnswerOptions.take(ctx, values)
     text = _prompt(ctx, prompt, prompt_file)
     path, max_tokens = model_or_demo(options)
     writer = AnswerWriter(options.color)
-    with open_model(options, path) as (llm, _):
+    grammar = wanted.gbnf()
+    with open_model(options, path, **wanted.load) as (llm, _):
         try:
-            pieces = llm.generate(text, max_tokens=max_tokens, **options.sampling)
-            with closing(pieces), options.ui.waiting("reading the prompt") as waiting:  # type: ignore[type-var]
-                for piece in pieces:
-                    waiting.stop()
-                    writer.write(piece)
+            with options.ui.waiting("reading the prompt") as waiting:
+                pieces = llm.generate(
+                    text,
+                    max_tokens=max_tokens,
+                    grammar=grammar,
+                    on_prefill=waiting.advance,
+                    **wanted.generation,
+                    **options.sampling,
+                )
+                with closing(pieces):  # type: ignore[type-var]
+                    for piece in pieces:
+                        waiting.stop()
+                        writer.write(piece)
         finally:
             writer.end_line()
         options.ui.note(stats_line(llm.stats, llm.n_tokens, llm.n_ctx))

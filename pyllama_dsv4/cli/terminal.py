@@ -157,7 +157,7 @@ class Ui:
 
 
 class Waiting:
-    """A spinner that appears after ``ANIMATE_AFTER_S``; see ``Ui.waiting``."""
+    """A spinner that appears after ``ANIMATE_AFTER_S``, and a bar once ``advance`` is called; see ``Ui.waiting``."""
 
     def __init__(self, ui: Ui, text: str) -> None:
         self._ui = ui
@@ -165,6 +165,8 @@ class Waiting:
         self._lock = threading.Lock()
         self._is_stopped = False
         self._stop_spinner: Callable[[], None] = lambda: None
+        self._fraction: float | None = None  # None: nothing is known, or it is done
+        self._update: Callable[[float], None] | None = None
         if ui.is_animated:
             self._timer = threading.Timer(ANIMATE_AFTER_S, self._start)
             self._timer.daemon = True
@@ -172,15 +174,47 @@ class Waiting:
 
     def _start(self) -> None:
         with self._lock:
-            if self._is_stopped:
-                return
-            from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+            if not self._is_stopped:
+                self._show()
 
-            columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-            progress = Progress(*columns, console=self._ui.console(), transient=True)
-            progress.add_task(clean(self._text))
-            progress.start()
-            self._stop_spinner = progress.stop
+    def _show(self) -> None:
+        """Show the spinner, or the bar if there is a fraction, instead of what is shown."""
+        from rich import progress as rich
+
+        columns: tuple[rich.ProgressColumn, ...] = (
+            rich.SpinnerColumn(),
+            rich.TextColumn("{task.description}", markup=False),
+        )
+        if self._fraction is None:
+            columns += (rich.TimeElapsedColumn(),)
+        else:
+            columns += (rich.BarColumn(), rich.TaskProgressColumn(), rich.TimeRemainingColumn())
+        self._stop_spinner()
+        progress = rich.Progress(*columns, console=self._ui.console(), transient=True)
+        task = progress.add_task(clean(self._text), total=None if self._fraction is None else 1.0)
+        self._stop_spinner = progress.stop  # first: an interrupt may come in the middle of the start
+        progress.start()
+        self._update = None
+        if self._fraction is not None:
+            self._update = lambda done: progress.update(task, completed=done)
+            self._update(self._fraction)
+
+    def advance(self, fraction: float) -> None:
+        """Say how far the work is, 0..1; from 1 on it is unknown again how long the rest takes."""
+        if not self._ui.is_animated:
+            return
+        with self._lock:
+            is_shown = self._update is not None
+            self._fraction = fraction if fraction < 1 else None
+            if self._is_stopped or self._timer.is_alive():
+                return  # not shown, or not yet
+            if self._fraction is None:
+                if is_shown:
+                    self._show()
+            elif self._update is None:
+                self._show()
+            else:
+                self._update(fraction)
 
     def stop(self) -> None:
         """Take the spinner away. Idempotent."""

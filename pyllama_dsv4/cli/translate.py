@@ -10,13 +10,12 @@ from pyllama_dsv4.translate import DENSE_TYPES, DIALECTS, Dense, Target, Transla
 from pyllama_dsv4.translate import translate as translate_file
 
 from .help import Command, option
-from .progress import byte_progress, print_rows
+from .progress import byte_progress, print_rows, quiet_option, threads_option
 from .terminal import Ui, clean
 
 __all__ = ["translate"]
 
 TRANSLATION = "Translation"
-OUTPUT = "Output"
 
 
 @click.command(
@@ -50,16 +49,7 @@ OUTPUT = "Output"
     help="Re-encode the FP8 weights for engines without FP8: q8_0 (rounds) or bf16 (exact, larger). Experts"
     " stay MXFP4.",
 )
-@option(
-    "-t",
-    "--threads",
-    "n_threads",
-    type=click.IntRange(1, 1024),
-    metavar="N",
-    default_text="all cores",
-    section=TRANSLATION,
-    help="Worker threads.",
-)
+@threads_option(section=TRANSLATION)
 @option(
     "--dry-run",
     is_flag=True,
@@ -67,7 +57,7 @@ OUTPUT = "Output"
     has_env=False,
     help="Check everything and show what would change; write nothing.",
 )
-@option("-q", "--quiet", is_flag=True, section=OUTPUT, help="No progress and no report, only errors.")
+@quiet_option
 def translate(
     infile: Path,
     outfile: Path,

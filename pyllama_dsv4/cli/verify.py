@@ -12,7 +12,7 @@ from pyllama_dsv4.verify import verify as verify_file
 
 from .exit_codes import ExitCode
 from .help import Command, option
-from .progress import byte_progress
+from .progress import byte_progress, threads_option
 from .terminal import Ui, clean
 
 __all__ = ["verify"]
@@ -58,16 +58,7 @@ OUTPUT = "Output"
     has_env=False,
     help="Compare every tensor with such a file; needs no checkpoint.",
 )
-@option(
-    "-t",
-    "--threads",
-    "n_threads",
-    type=click.IntRange(1, 1024),
-    metavar="N",
-    default_text="all cores",
-    section=OUTPUT,
-    help="Threads.",
-)
+@threads_option(section=OUTPUT)
 @option("--json", "as_json", is_flag=True, section=OUTPUT, has_env=False, help="Print one JSON object.")
 @option("-q", "--quiet", is_flag=True, section=OUTPUT, help="No progress; only what was found.")
 def verify(

@@ -76,7 +76,9 @@ def make_draft_plan(
     keys = to_upstream(keys, NATIVE_FILE_TYPE)
     vocabulary = read_vocabulary(checkpoint, hp.n_vocab)
     if is_dspark:
-        keys = [_of_dspark(entry) for entry in keys] + _dspark_keys(checkpoint, hp)
+        # rows of deepseek4 are all streams wide, those of dflash are not; with the key upstream reads past them
+        keys = [_of_dspark(e) for e in keys if e.key != f"{ARCHITECTURE}.embedding_length_out"]
+        keys += _dspark_keys(checkpoint, hp)
     else:
         keys.append(MetadataEntry(f"{ARCHITECTURE}.nextn_predict_layers", "u32", n_blocks))
     keys += vocabulary_keys(vocabulary)

@@ -468,3 +468,44 @@ def test_a_file_without_a_vocabulary_is_refused_before_the_first_message(
     done = run("chat", tmp_path / "ids.gguf", input=b"")
     assert done.returncode == 3
     assert b"no vocabulary" in done.stderr
+
+
+# --- formats and bounds of answers ---
+
+
+def test_answers_of_a_chat_follow_a_schema(run: Run, model: Path) -> None:
+    import json
+
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    done = run(
+        "chat", model, "-j", json.dumps(schema), "-n", 200, "--temp", 0, "-c", 2048, input=b"Hello\nAgain\n"
+    )
+    assert done.returncode == 0, done.stderr
+    values = re.findall(r"\{[^}]*\}", done.stdout.decode())
+    assert len(values) == 2
+    assert all(isinstance(json.loads(value)["a"], bool) for value in values)
+
+
+def test_a_timeout_keeps_what_came_of_the_answer(model: Path, terminal: Start) -> None:
+    chat = terminal("chat", model, "-c", 20000, "--temp", 0, "--timeout", 1.5)
+    chat.prompt()
+    text = chat.ask("Hello")
+    assert "timeout=1.5 seconds passed" in text
+    assert "stopped | prompt" in text
+    first = counts(text)
+    second = counts(chat.ask("Go on"))
+    assert second.n_cached == first.n_context
+    chat.keys("/quit\r")
+    assert chat.end()[1] == 0
+
+
+def test_a_long_message_shows_a_bar_with_the_time_left(model: Path, terminal: Start) -> None:
+    chat = terminal("chat", model, "-c", 20000, "-n", 3, "-b", 64, "-ub", 64)
+    chat.prompt()
+    start = chat.row
+    chat.keys("\x1b[200~" + "word " * 6000 + "\x1b[201~\r")
+    bar = re.compile(r"reading the message.*\d+% \d+:\d\d:\d\d")
+    chat.wait(lambda: bar.search("\n".join(chat.lines(start))) is not None, "bar")
+    assert "reading the message" not in chat.prompt(start + 1)
+    chat.keys("/quit\r")
+    assert chat.end()[1] == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 import signal
@@ -102,7 +103,6 @@ def test_prompts_that_are_not_utf_8_are_read_with_replacement_characters(run: Ru
         (("good.gguf", "-f", "no-such.txt"), 3, "no-such.txt: No such file or directory"),
         (("good.gguf", "-p", "a", "-f", "b"), 2, "two prompts"),
         (("good.gguf",), 2, "standard input is empty"),
-        (("-p", "a"), 2, "no model"),
         (("good.gguf", "-p", "word " * 80, "-c", "64"), 1, "the prompt does not fit; found"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else None,
@@ -188,6 +188,102 @@ def test_defaults_and_choices_are_the_librarys() -> None:
     }
     assert tuple(CACHE_TYPES) == common.CACHE_TYPES
     assert common.SEED_MAX == _SEED_MAX
+
+
+# --- what answers must follow, and how long they may take ---
+
+SCHEMA = '{"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}'
+
+
+@pytest.mark.parametrize("way", ["--json-schema", "--json-schema-file", "--grammar-file"])
+def test_answers_follow_a_format(run: Run, model: Path, tmp_path: Path, way: str) -> None:
+    (tmp_path / "schema.json").write_text(SCHEMA, encoding="utf-8")
+    (tmp_path / "grammar.gbnf").write_text('root ::= "yes, " [0-9]', encoding="utf-8")
+    value = {
+        "--json-schema": SCHEMA,
+        "--json-schema-file": tmp_path / "schema.json",
+        "--grammar-file": tmp_path / "grammar.gbnf",
+    }[way]
+    done = run("run", model, "-p", "Hello", way, value, "-n", 60, "--temp", 0, "-c", 512)
+    assert done.returncode == 0, done.stderr
+    text = done.stdout.decode()
+    if way == "--grammar-file":
+        assert re.fullmatch(r"yes, \d\n", text)
+    else:
+        assert isinstance(json.loads(text)["a"], bool)
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (("-j", "{}", "--grammar-file", "x"), 2, "two formats of answers"),
+        (("-j", "{"), 2, "not JSON"),
+        (("-j", "[]"), 2, "no JSON object"),
+        (("-j", '{"$ref": "#/nowhere"}'), 2, "nowhere"),
+        (("--timeout", "0"), 2, "--timeout"),
+        (("--loop-guard", "3"), 2, "--loop-guard"),
+        (("--model-draft", "nothing.gguf"), 3, "nothing.gguf"),
+        (("--draft-max", "99"), 2, "--draft-max"),
+    ],
+)
+def test_formats_and_bounds_that_are_refused(
+    run: Run, model: Path, args: tuple[str, ...], code: int, message: str
+) -> None:
+    done = run("run", model, "-p", "Hello", *args, *SHORT)
+    assert (done.returncode, done.stdout) == (code, b""), done.stderr
+    assert message in done.stderr.decode()
+
+
+def test_a_timeout_ends_the_completion(run: Run, model: Path) -> None:
+    done = run("run", model, "-p", "Hello", "--timeout", 0.5, "-c", 100_000, "--temp", 0)
+    assert done.returncode == 1
+    assert "timeout=0.5 seconds passed" in done.stderr.decode()
+    assert done.stdout.endswith(b"\n")  # what came of it
+
+
+def test_repetition_ends_the_completion(run: Run, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "same.gbnf").write_text('root ::= "\\u0239" root', encoding="utf-8")
+    done = run(
+        "run", model, "-p", "Hello", "--grammar-file", tmp_path / "same.gbnf", "--loop-guard", 16, "-n", 400,
+        "--temp", 0, "-c", 1024,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    n = int(re.search(r"answer (\d+)", done.stderr.decode())[1])  # type: ignore[index]
+    assert 16 <= n < 200
+
+
+def test_prefixes_are_kept_for_the_next_run(run: Run, model: Path, tmp_path: Path) -> None:
+    args = ("run", model, "--prefix-cache", tmp_path / "prefixes", "-p", "word " * 600, "-c", 2048, "-n", 1)
+    first, second = run(*args), run(*args)
+    assert (first.returncode, second.returncode) == (0, 0), second.stderr
+    assert b"cached" not in first.stderr
+    n_cached = int(re.search(rb"\((\d[\d,]*) cached\)", second.stderr)[1].replace(b",", b""))  # type: ignore[index]
+    assert n_cached > 500
+
+
+def test_a_draft_model_is_used_and_counted(run: Run, tmp_path: Path) -> None:
+    from pyllama_dsv4 import synth
+    from pyllama_dsv4.convert import convert
+
+    synth.write_checkpoint(
+        tmp_path / "c", synth.tiny_config(vocab_size=512), seed=3, tokenizer="bytes", draft="mtp"
+    )
+    convert(tmp_path / "c", tmp_path / "m.gguf")
+    convert(tmp_path / "c", tmp_path / "d.gguf", draft=True)
+    args = ("run", tmp_path / "m.gguf", "-p", "Hello", *SHORT)
+    plain, drafted = run(*args), run(*args, "--model-draft", tmp_path / "d.gguf", "--draft-max", 2)
+    assert drafted.returncode == 0, drafted.stderr
+    assert drafted.stdout == plain.stdout
+    assert re.search(r"% of \d+ drafted", drafted.stderr.decode())
+
+
+def test_a_long_prompt_shows_a_bar_with_the_time_left(model: Path, terminal: Callable[..., Terminal]) -> None:
+    shown = terminal("run", model, "-p", "word " * 6000, "-c", 20000, "-n", 3, "-b", 64, "-ub", 64)
+    bar = re.compile(r"reading the prompt.*\d+% \d+:\d\d:\d\d")
+    shown.wait(lambda: bar.search("\n".join(shown.lines())) is not None, "bar")
+    text, code = shown.end()
+    assert code == 0
+    assert "reading the prompt" not in text  # it is taken away
 
 
 def test_without_a_file_it_continues_with_the_demo_model(run: Run, model: Path) -> None:

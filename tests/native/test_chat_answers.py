@@ -238,6 +238,97 @@ def test_ten_turns_with_thinking_evaluate_only_what_is_new(llm: Llama) -> None:
         messages.append(message)
 
 
+def in_small_pieces(llm: Llama, text: str) -> list[int]:
+    """Return ids of a text that no tokeniser would give: a token for every character."""
+    ids: list[int] = []
+    for i, part in enumerate(text.split("｜DSML｜")):
+        ids += llm.tokenize("｜DSML｜", special=True) if i else []
+        for j, piece in enumerate(part.split("</think>")):
+            ids += llm.tokenize("</think>", special=True) if j else []
+            for character in piece:
+                ids += llm.tokenize(character)
+    return ids
+
+
+def speaks_ids(ids: list[int]) -> Any:
+    """Return a processor that makes the model say these ids and end."""
+    wanted = iter([*ids, 1])
+
+    def process(_: Any, logits: Any) -> None:
+        logits[next(wanted)] = 1e6
+
+    return process
+
+
+CALL = (
+    START + '\n<｜DSML｜invoke name="weather">\n<｜DSML｜parameter name="wind" string="false">true'
+    '</｜DSML｜parameter>\n<｜DSML｜parameter name="days" string="false">3</｜DSML｜parameter>\n'
+    "</｜DSML｜invoke>\n</｜DSML｜tool_calls>"
+)
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+@pytest.mark.parametrize("thinking", [False, True])
+def test_sampled_calls_and_reasoning_are_replayed_id_by_id(
+    llm: Llama, thinking: bool, is_streamed: bool
+) -> None:
+    sampled = in_small_pieces(llm, ("let me think</think>" if thinking else "") + f"I look.\n\n{CALL}")
+    options: dict[str, Any] = {"tools": [WEATHER], "thinking": thinking, "temperature": 0}
+    spoken: dict[str, Any] = {**options, "logits_processor": speaks_ids(sampled), "max_tokens": 400}
+    if is_streamed:
+        message: dict[str, Any] = {"role": "assistant", "content": "", "reasoning_content": ""}
+        calls: list[dict[str, Any]] = []
+        for chunk in llm.create_chat_completion([USER], stream=True, **spoken):
+            delta: Any = chunk["choices"][0]["delta"]
+            message["content"] += delta.get("content", "")
+            message["reasoning_content"] += delta.get("reasoning_content", "")
+            for piece in delta.get("tool_calls", ()):
+                if "id" in piece:
+                    calls.append({**piece, "function": {**piece["function"], "arguments": ""}})
+                calls[piece["index"]]["function"]["arguments"] += piece["function"]["arguments"]
+        message["tool_calls"] = calls
+        n_prompt = len(llm.format_chat_tokens([USER], tools=[WEATHER], thinking=thinking))
+    else:
+        first = llm.create_chat_completion([USER], **spoken)
+        message = dict(first["choices"][0]["message"])
+        assert first["choices"][0]["finish_reason"] == "tool_calls"
+        n_prompt = first["usage"]["prompt_tokens"]
+    # as a program puts it back: arguments read and written again
+    function = message["tool_calls"][0]["function"]
+    function["arguments"] = json.loads(function["arguments"])
+    result = {"role": "tool", "content": "calm", "tool_call_id": message["tool_calls"][0]["id"]}
+    history: list[Any] = [USER, message, result]
+    ids = llm.format_chat_tokens(history, tools=[WEATHER], thinking=thinking)
+    assert ids[n_prompt : n_prompt + len(sampled)] == sampled
+    second = llm.create_chat_completion(history, max_tokens=1, **options)
+    assert second["usage"]["prompt_tokens_details"]["cached_tokens"] == n_prompt + len(sampled)
+
+    function["arguments"]["days"] = 4  # not what was sampled
+    ids = llm.format_chat_tokens(history, tools=[WEATHER], thinking=thinking)
+    assert ids[n_prompt : n_prompt + len(sampled)] != sampled
+
+
+def test_a_quick_task_is_answered_in_plain_text(llm: Llama) -> None:
+    """Its answer is content also with thinking=True, and is not evaluated again."""
+    asked: list[Any] = [{"role": "user", "content": "Is it raining?", "task": "query"}]
+    sampled = in_small_pieces(llm, "rain now")
+    answer = llm.create_chat_completion(
+        asked, thinking=True, logits_processor=speaks_ids(sampled), max_tokens=50
+    )
+    choice = answer["choices"][0]
+    assert choice["message"] == {"role": "assistant", "content": "rain now"}
+    assert choice["finish_reason"] == "stop"
+    assert answer["usage"]["completion_tokens_details"]["reasoning_tokens"] == 0
+    follow_up = [*asked, choice["message"], {"role": "user", "content": "And tomorrow?"}]
+    again = llm.create_chat_completion(follow_up, max_tokens=1)
+    n_before = answer["usage"]["prompt_tokens"] + len(sampled)
+    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == n_before
+    constrained = llm.create_chat_completion(
+        asked, thinking=True, grammar='root ::= "yes"', max_tokens=20, temperature=0
+    )
+    assert constrained["choices"][0]["message"]["content"] == "yes"
+
+
 def test_a_full_context_is_an_error_or_drops_the_oldest_turns(llm: Llama) -> None:
     history: list[Any] = [{"role": "system", "content": "Remember me."}]
     for i in range(30):

@@ -23,6 +23,7 @@ tokenizers = pytest.importorskip("tokenizers", reason="the independent tokeniser
 from pyllama_dsv4._native import check_ptr, encode_path, ffi, lib  # noqa: E402
 from pyllama_dsv4.chat import AnswerReader, ChatPrompt, ChatRequest  # noqa: E402
 from pyllama_dsv4.chat_engine import ChatEngine  # noqa: E402
+from pyllama_dsv4.chat_request import ROLES, TASKS  # noqa: E402
 from pyllama_dsv4.convert.template import Generation, chat_template  # noqa: E402
 from pyllama_dsv4.errors import ChatError, PyllamaError  # noqa: E402
 
@@ -227,9 +228,19 @@ class Conversations:
         for _ in range(self.r.choice((0, 1, 1, 2))):
             messages.append({"role": "system", "content": self.text()})
         for _ in range(self.r.randrange(1, 5)):
+            if self.r.random() < 0.15:
+                messages.append({"role": "latest_reminder", "content": self.text()})
             for _ in range(self.r.choice((1, 1, 1, 2))):
-                messages.append({"role": "user", "content": self.text()})
-            while self.r.random() < 0.7:
+                role = "developer" if self.r.random() < 0.15 else "user"
+                messages.append({"role": role, "content": self.text()})
+            is_task = self.r.random() < 0.15
+            if is_task:
+                messages[-1]["task"] = self.r.choice(TASKS)
+            elif self.r.random() < 0.15:
+                messages.append({"role": "latest_reminder", "content": self.text()})
+            has_answer = False
+            while self.r.random() < (0.5 if is_task and not has_answer else 0.7):
+                has_answer = True
                 answer: dict[str, Any] = {"role": "assistant", "content": self.text()}
                 if self.r.random() < 0.5:
                     answer["reasoning_content"] = self.text()
@@ -241,15 +252,21 @@ class Conversations:
                         if "id" in call:
                             result["tool_call_id"] = call["id"]
                         messages.append(result)
+                elif self.r.random() < 0.15:
+                    answer["task"] = "title"
+                    messages.append({"role": "assistant", "content": self.text()})
+            if is_task and not has_answer:
+                break
         thinking = self.r.random() < 0.6
         options: dict[str, Any] = {
             "thinking": thinking,
             "reasoning_effort": self.r.choice((None, "high", "max")) if thinking else None,
+            "drop_thinking": not thinking or self.r.random() < 0.7,
             "add_generation_prompt": self.r.random() < 0.8,
         }
         if self.r.random() < 0.4:
             options["tools"] = self.tools()
-        elif self.r.random() < 0.2:
+        elif self.r.random() < 0.35 and "task" not in messages[-1]:
             options["json_schema"] = {
                 "type": "object",
                 "properties": {"x": {"type": "number", "minimum": 0.5}},
@@ -273,7 +290,7 @@ def test_prompts_equal_the_reference_encoder(
     engine = ChatEngine(models[types], template)
     wording = reference.Wording(template)
     conversations = Conversations(f"{generation} {types} {n_conversations}")
-    kinds = set()
+    kinds, roles, tasks = set(), set(), set()
     for _ in range(n_conversations):
         messages, options = conversations.conversation()
         expected = reference.prompt_text(wording, messages, **{"tools": (), **options})
@@ -283,7 +300,11 @@ def test_prompts_equal_the_reference_encoder(
         kinds.add(
             (options["thinking"], options["reasoning_effort"], "tools" in options, "json_schema" in options)
         )
+        roles |= {m["role"] for m in messages}
+        tasks |= {m["task"] for m in messages if "task" in m}
     assert len(kinds) == 4 * 3  # thinking off, on, high, max; with tools, a schema, neither
+    assert roles == set(ROLES)
+    assert tasks == set(TASKS)
 
 
 def test_the_wording_is_the_formats_own() -> None:
@@ -332,6 +353,103 @@ def test_a_chat_in_full(engine: ChatEngine) -> None:
     assert prompt.stops == []
 
 
+def say(role: str, text: str, **members: Any) -> dict[str, Any]:
+    return {"role": role, "content": text, **members}
+
+
+# DeepSeek's encoder (encoding_dsv4.py) gives these texts; worked out by hand from its rules
+ROLES_IN_FULL: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
+    "a reminder before the question": (
+        [say("system", "S"), say("latest_reminder", "today"), *user("Q")],
+        {"thinking": True},
+        "S<｜latest_reminder｜>today<｜User｜>Q<｜Assistant｜><think>",
+    ),
+    "a reminder behind the question": (
+        [*user("Q"), say("latest_reminder", "today")],
+        {},
+        "<｜User｜>Q<｜Assistant｜></think><｜latest_reminder｜>today",
+    ),
+    "an answer behind a reminder": (
+        [*user("Q"), say("latest_reminder", "t"), say("assistant", "A", reasoning_content="R"), *user("Q2")],
+        {"thinking": True, "drop_thinking": False},
+        "<｜User｜>Q<｜Assistant｜><think><｜latest_reminder｜>tR</think>A<｜end▁of▁sentence｜>"
+        "<｜User｜>Q2<｜Assistant｜><think>",
+    ),
+    "a developer's turn": (
+        [*user("a"), say("developer", "b"), *user("c")],
+        {},
+        "<｜User｜>a<｜User｜>b<｜User｜>c<｜Assistant｜></think>",
+    ),
+    "a query": ([say("user", "Q", task="query")], {"thinking": True}, "<｜User｜>Q<｜query｜>"),
+    "an action": ([say("user", "Q", task="action")], {}, "<｜User｜>Q<｜Assistant｜></think><｜action｜>"),
+    "an action, thinking": (
+        [say("user", "Q", task="action")],
+        {"thinking": True},
+        "<｜User｜>Q<｜Assistant｜><think><｜action｜>",
+    ),
+    "a title": (
+        [*user("Q"), say("assistant", "A", task="title")],
+        {},
+        "<｜User｜>Q<｜Assistant｜></think>A<｜end▁of▁sentence｜><｜title｜>",
+    ),
+    "a task with its answer": (
+        [say("user", "Q", task="domain"), say("assistant", "law"), *user("Q2")],
+        {"thinking": True},
+        "<｜User｜>Q<｜domain｜>law<｜end▁of▁sentence｜><｜User｜>Q2<｜Assistant｜><think>",
+    ),
+}
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("name", ROLES_IN_FULL)
+def test_roles_and_tasks_in_full(
+    models: dict[str, Any], oracle: Any, generation: Generation, name: str
+) -> None:
+    messages, options, expected = ROLES_IN_FULL[name]
+    prompt = format_chat(ChatEngine(models["looks"], chat_template(generation)), messages, **options)
+    assert prompt.text == f"<｜begin▁of▁sentence｜>{expected}"
+    assert prompt.tokens == oracle.encode(prompt.text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [say("user", "Q", task="query")],
+        [say("user", "Q", task="action")],
+        [*user("Q"), say("assistant", "A", task="title")],
+    ],
+)
+def test_the_answer_to_a_task_is_plain_text(
+    engine: ChatEngine, messages: list[dict[str, Any]], thinking: bool
+) -> None:
+    prompt = format_chat(engine, messages, thinking=thinking, tools=[WEATHER])
+    assert "get_weather" in prompt.text
+    assert prompt.grammar == ""
+    text = f" weather in Paris\n\n{CALLS}"
+    assert read(engine.reader(prompt), list(text)) == (text, "", [], True)
+
+
+def test_the_answer_behind_a_reminder_is_read_like_any_other(engine: ChatEngine) -> None:
+    messages = [*user("x"), say("latest_reminder", "t")]
+    prompt = format_chat(engine, messages, thinking=True, tools=[WEATHER, PING])
+    text = f"hm</think>\n\n{CALLS}"
+    assert read(engine.reader(prompt), list(text)) == ("", "hm", CALLS_READ, True)
+
+
+def test_other_templates_know_neither_tasks_nor_reminders(model: Any) -> None:
+    engine = ChatEngine(model, "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }};{% endfor %}")
+    assert format_chat(engine, [say("developer", "be terse")]).text == "system: be terse;"
+    for message in (say("latest_reminder", "t"), say("user", "Q", task="query")):
+        with pytest.raises(ChatError, match="neither tasks nor"):
+            format_chat(engine, [message])
+    changed = chat_template("preview").replace(
+        "{%- if add_generation_prompt -%}", "{% if add_generation_prompt %}"
+    )
+    with pytest.raises(ChatError, match="neither tasks nor"):  # not laid out as upstream's: left as it is
+        format_chat(ChatEngine(model, changed), [say("latest_reminder", "t")])
+
+
 def test_results_come_in_the_order_of_the_calls(engine: ChatEngine) -> None:
     def call(i: str) -> dict[str, Any]:
         return {"id": i, "type": "function", "function": {"name": "f", "arguments": "{}"}}
@@ -369,6 +487,9 @@ def places(text: str) -> dict[str, tuple[list[dict[str, Any]], dict[str, Any]]]:
         "system": ([{"role": "system", "content": text}, *user("u")], {}),
         "user": (user(text), {}),
         "second user": ([*user("u"), *user(text)], {}),
+        "developer": ([{"role": "developer", "content": text}, *user("u")], {}),
+        "reminder": ([{"role": "latest_reminder", "content": text}, *user("u")], {}),
+        "task": ([{"role": "user", "content": text, "task": "query"}], {}),
         "assistant": ([*user("u"), {**last, "content": text}, *user("u")], {}),
         "reasoning": ([*user("u"), {**last, "reasoning_content": text}], {"thinking": True}),
         "result": ([*called()[:-1], {**result, "content": text}], {}),
@@ -477,6 +598,13 @@ def test_bos_is_put_in_front_once(tmp_path: Path) -> None:
         tokens = format_chat(ChatEngine(model, template), user("Hi")).tokens
         assert tokens.count(BOS) == 1
         assert tokens[0] == BOS
+
+
+def test_a_generation_may_be_named(model: Any) -> None:
+    for generation in GENERATIONS:
+        named, given = ChatEngine(model, generation), ChatEngine(model, chat_template(generation))
+        options: dict[str, Any] = {"thinking": True, "reasoning_effort": "max"}
+        assert format_chat(named, user("x"), **options) == format_chat(given, user("x"), **options)
 
 
 def test_a_file_without_a_template_is_refused(tmp_path: Path) -> None:

@@ -285,6 +285,15 @@ def test_batches_give_what_single_generations_give(
         assert {r["choices"][0]["finish_reason"] for r in results} == {"length"}
 
 
+def test_a_batch_that_does_not_fit_is_refused_before_it_is_allocated(
+    llm: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm.generate_batch([IDS[:10]] * 2, max_tokens=1)
+    monkeypatch.setattr("pyllama_dsv4.plan.available_bytes", lambda: 60 << 20)
+    with pytest.raises(errors.MemoryLimitError, match="KV cache of 4096 tokens"):
+        llm.generate_batch([IDS[:10]] * 64, n_parallel=64)
+
+
 def test_batches_can_be_cancelled_and_refuse_what_does_not_fit(llm: Llama) -> None:
     with pytest.raises(errors.CancelledError, match="timeout"):
         llm.generate_batch([IDS[:1500]] * 8, max_tokens=100, timeout=0.2)

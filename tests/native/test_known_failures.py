@@ -84,3 +84,15 @@ def test_a_sequence_that_cannot_be_removed_is_an_error(llm: Llama, monkeypatch: 
 def test_keywords_of_others_are_refused_by_name(llm: Llama, name: str) -> None:
     with pytest.raises(TypeError, match=name):
         llm.create_completion("x", **{name: 1})  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(
+    ("what", "limit_s"), [("import pyllama_dsv4", 0.2), ("from pyllama_dsv4 import Llama", 0.4)]
+)
+def test_importing_takes_a_fraction_of_a_second(what: str, limit_s: float) -> None:
+    code = f"import numpy, time; start = time.process_time(); {what}; print(time.process_time() - start)"
+    times = [
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        for _ in range(3)
+    ]
+    assert min(times) < limit_s  # CPU seconds beside numpy's own; the class loads the engine

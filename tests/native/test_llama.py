@@ -11,9 +11,14 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+from gguf_writer import Gguf
 
-from pyllama_dsv4 import Llama, Progress, errors
+from pyllama_dsv4 import Llama, Progress, errors, synth
+from pyllama_dsv4.bench import bench
+from pyllama_dsv4.context import Context
+from pyllama_dsv4.convert import convert
 from pyllama_dsv4.generate import Request
+from pyllama_dsv4.model import Model
 
 IDS = [int(i) for i in np.random.default_rng(0).integers(0, 320, 300)]
 
@@ -215,6 +220,40 @@ def test_cache_types(tiny_model: Path, cache_type: str) -> None:
 def test_a_cache_beyond_memory_is_refused_before_it_is_allocated(tiny_model: Path) -> None:
     with pytest.raises(errors.MemoryLimitError, match="does not fit into memory"):
         Llama(tiny_model, n_ctx=2**31 - 1, warmup=False)
+
+
+def context(model: Model, n_ctx: int) -> Context:
+    return Context(model, n_ctx=n_ctx, n_batch=64, n_ubatch=64, n_threads=1, cache_type="f16")
+
+
+def test_memory_is_blamed_only_if_it_lacks(tiny_model: Path, draft_model: Path) -> None:
+    with Model(draft_model) as model, pytest.raises(errors.ModelLoadError, match="ctx_other") as error:
+        context(model, 64)
+    assert not isinstance(error.value, MemoryError)
+    with Model(tiny_model) as model, pytest.raises(errors.MemoryLimitError, match="smaller n_ctx"):
+        context(model, 2**31 - 256)
+
+
+@pytest.fixture(scope="module")
+def draft_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that drafts for another one; the engine knows its architecture."""
+    folder = tmp_path_factory.mktemp("draft")
+    synth.write_checkpoint(folder / "checkpoint", seed=3, tokenizer="bytes", draft="dspark")
+    return convert(folder / "checkpoint", folder / "draft.gguf", draft=True).path
+
+
+@pytest.mark.parametrize("open_model", [Llama, bench], ids=["Llama", "bench"])
+def test_a_draft_model_is_refused_by_its_architecture(draft_model: Path, open_model: Any) -> None:
+    with pytest.raises(errors.UnsupportedModelError, match=r"'dflash'.* drafts for another") as error:
+        open_model(draft_model)
+    assert (error.value.path, error.value.key) == (str(draft_model), "general.architecture")
+
+
+@pytest.mark.parametrize("architecture", ["eagle3", "gemma4-assistant", "t5", "t5encoder", "klingon"])
+def test_architectures_that_are_not_run_are_named(tmp_path: Path, architecture: str) -> None:
+    path = Gguf().set("general.architecture", "str", architecture).write(tmp_path / "x.gguf")
+    with pytest.raises(errors.UnsupportedModelError, match=f"'{architecture}'"):
+        Llama(path)
 
 
 def test_close_is_idempotent_and_use_after_close_is_named(tiny_model: Path) -> None:

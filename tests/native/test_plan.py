@@ -12,7 +12,7 @@ from gguf_writer import FLASH, PRO, native_v4
 from pyllama_dsv4 import Llama, errors
 from pyllama_dsv4 import context as contexts
 from pyllama_dsv4._native import drain_log, encode_path, ffi, lib
-from pyllama_dsv4.context import CACHE_TYPES
+from pyllama_dsv4.context import CACHE_TYPES, FLASH_ATTN
 from pyllama_dsv4.plan import plan_file
 
 TOLERANCE = 0.05
@@ -34,14 +34,22 @@ class Reservation:
         assert self._model != ffi.NULL, drain_log()
 
     def memory(
-        self, *, n_ctx: int, n_ubatch: int = 512, cache_type: str = "f16", act_quant: str = "none"
+        self,
+        *,
+        n_ctx: int,
+        n_ubatch: int = 512,
+        cache_type: str = "f16",
+        act_quant: str = "none",
+        n_seq: int = 1,
+        flash_attn: str = "auto",
     ) -> tuple[int, int, int]:
         """Return bytes of weights, caches and compute buffer."""
         params = lib.llama_context_default_params()
-        params.n_ctx = n_ctx
+        params.n_ctx = n_ctx * n_seq
         params.n_batch = params.n_ubatch = min(n_ubatch, n_ctx)
-        params.n_seq_max = 1
+        params.n_seq_max = n_seq
         params.type_k = params.type_v = CACHE_TYPES[cache_type]
+        params.flash_attn_type = FLASH_ATTN[flash_attn]
         params.swa_full = False
         if LEVELS[act_quant] is not None:
             params.act_quant = LEVELS[act_quant]
@@ -87,6 +95,14 @@ def test_predicted_memory_is_what_the_engine_reserves(
     assert host.weights == pytest.approx(weights, rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("model", ["tiny", "flash"])
+@pytest.mark.parametrize("n_seq", [2, 8])
+def test_caches_of_several_sequences(reservations: dict[str, Reservation], model: str, n_seq: int) -> None:
+    reserved = reservations[model]
+    _, cache, _ = reserved.memory(n_ctx=8192, n_seq=n_seq)
+    assert plan_file(reserved.path, n_ctx=8192, n_seq=n_seq).host.cache == pytest.approx(cache, rel=TOLERANCE)
+
+
 @pytest.mark.parametrize("n_ubatch", [1, 7, 64, 128, 1024, 2048])
 @pytest.mark.parametrize("n_ctx", [3000, 1048576])
 def test_batches_of_other_sizes(reservations: dict[str, Reservation], n_ubatch: int, n_ctx: int) -> None:
@@ -106,6 +122,22 @@ def test_rounded_activations(reservations: dict[str, Reservation], model: str, a
         assert planned == pytest.approx(compute, rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("model", ["tiny", "flash", "pro"])
+@pytest.mark.parametrize("cache_type", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("n_ubatch", [1, 64, 512])
+def test_attention_in_steps(
+    reservations: dict[str, Reservation], model: str, cache_type: str, n_ubatch: int
+) -> None:
+    """Without flash attention the scores of all heads are most of the buffer."""
+    reserved = reservations[model]
+    for n_ctx, act_quant in ((512, "cache"), (8192, "full"), (131072, "none")):
+        options: dict[str, Any] = {"n_ctx": n_ctx, "n_ubatch": n_ubatch, "cache_type": cache_type}
+        options |= {"act_quant": act_quant, "flash_attn": "off"}
+        _, cache, compute = reserved.memory(**options)
+        host = plan_file(reserved.path, **options).host
+        assert (host.cache, host.compute) == pytest.approx((cache, compute), rel=TOLERANCE), options
+
+
 def test_an_open_model_takes_what_was_planned(tiny_model: Path) -> None:
     with Llama(tiny_model, n_ctx=4096, n_threads=1, warmup=False) as llm:
         entries = ffi.new("struct pyl_memory[4]")
@@ -119,13 +151,14 @@ def test_an_open_model_takes_what_was_planned(tiny_model: Path) -> None:
         assert llm.plan.line().startswith("needs ")
 
 
+@pytest.mark.parametrize("flash_attn", ["on", "off"])
 @pytest.mark.parametrize("n_ctx", [64, 4096, 65536])
-def test_estimates_for_another_architecture(n_ctx: int) -> None:
+def test_estimates_for_another_architecture(n_ctx: int, flash_attn: Any) -> None:
     """The cache of a model that attends over everything is exact, the buffer within a factor of two."""
     reserved = Reservation(Path(__file__).parents[1] / "data" / "stock-q2_0.gguf")
-    weights, cache, compute = reserved.memory(n_ctx=n_ctx)
+    weights, cache, compute = reserved.memory(n_ctx=n_ctx, flash_attn=flash_attn)
     reserved.close()
-    plan = plan_file(reserved.path, n_ctx=n_ctx)
+    plan = plan_file(reserved.path, n_ctx=n_ctx, flash_attn=flash_attn)
     assert plan.is_estimate
     assert (plan.host.weights, plan.host.cache) == pytest.approx((weights, cache), rel=TOLERANCE)
     assert compute / 2 < plan.host.compute < compute * 2

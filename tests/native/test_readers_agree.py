@@ -11,6 +11,7 @@ from typing import Any
 
 import gguf
 import pytest
+from shards import split_in_three
 
 from pyllama_dsv4.gguf_file import ArrayValue
 from pyllama_dsv4.gguf_types import register
@@ -36,32 +37,13 @@ with Llama(sys.argv[1], n_ctx=512, n_threads=1, warmup=False) as llm:
 LINE = re.compile(r"- tensor split +(\d+): +(\S+) (\S+) +\[([\d, ]+)\]")
 
 
-def split(path: Path, folder: Path) -> Path:
-    """Write a file in three shards, with the gguf package's own writer."""
-    f8 = register()
-    reader = gguf.GGUFReader(path)
-    writer = gguf.GGUFWriter(folder / "s.gguf", "deepseek4", split_max_tensors=70)
-    for field in reader.fields.values():
-        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
-            kind = field.types[0]
-            sub = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(field.name, field.contents(), kind, sub_type=sub)
-    for t in reader.tensors:
-        writer.add_tensor(t.name, t.data, raw_dtype=f8 if t.tensor_type == f8 else t.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return folder / "s-00001-of-00003.gguf"
-
-
 @pytest.fixture(params=["native", "upstream", "q8_0", "bf16", "split"])
 def path(request: pytest.FixtureRequest, tiny_model: Path, tmp_path: Path) -> Path:
     kind = str(request.param)
     if kind == "native":
         return tiny_model
     if kind == "split":
-        return split(tiny_model, tmp_path)
+        return split_in_three(tiny_model, tmp_path)
     dense: Any = None if kind == "upstream" else kind
     return translate(tiny_model, tmp_path / "x.gguf", to="upstream", dense=dense).path
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,6 +81,19 @@ def test_a_run_does_not_differ_from_itself(folder: Path, llm: Llama) -> None:
     assert result.kl == result.kl_max == result.nmse == result.max_logprob_error == 0
     assert result.top_k == {1: 1.0, 5: 1.0}
     assert result.first == result.second
+
+
+def test_memory_does_not_grow_with_the_text(llm: Llama) -> None:
+    def peak(n: int) -> int:
+        ids = (IDS * 10)[:n]
+        tracemalloc.start()
+        score(llm, ids)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    peak(64)  # imports and caches
+    assert peak(1500) < 1.5 * peak(64)
 
 
 def test_two_runs_differ_by_the_definition(folder: Path, llm: Llama) -> None:

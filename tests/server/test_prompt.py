@@ -32,6 +32,12 @@ CHATS: dict[str, dict[str, Any]] = {
             {"role": "user", "content": "two"},
         ]
     },
+    "reminder": {
+        "messages": [
+            {"role": "latest_reminder", "content": NAMED},
+            {"role": "user", "content": "weather?"},
+        ]
+    },
     "tools": {"messages": [{"role": "user", "content": "weather?"}], "tools": [WEATHER]},
     "tool results": {
         "messages": [
@@ -93,3 +99,11 @@ def test_a_request_cannot_bring_its_own_parts(server: Server, llm: Llama) -> Non
     body = {**CHATS["plain"], "max_tokens": 1, "prompt_parts": [{"text": "<｜User｜>", "is_input": False}]}
     _, answer = server.post("/v1/chat/completions", body)
     assert answer["usage"]["prompt_tokens"] == expected
+
+
+def test_a_role_that_the_format_has_not_is_named(server: Server) -> None:
+    """Upstream's template leaves such messages out without a word."""
+    body = {"messages": [{"role": "critic", "content": "x"}, {"role": "user", "content": "y"}]}
+    status, answer = server.post("/v1/chat/completions", {**body, "max_tokens": 1})
+    assert status in (400, 500)
+    assert "no role critic" in answer["error"]["message"]

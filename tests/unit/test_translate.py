@@ -13,6 +13,7 @@ import gguf
 import numpy as np
 import pytest
 from gguf_writer import TINY, Gguf, native_v4, upstream_v4
+from shards import split_in_three
 
 from pyllama_dsv4 import synth
 from pyllama_dsv4 import translate as translate_module
@@ -255,21 +256,7 @@ def test_values_that_are_no_numbers_are_not_reencoded(native: Path, tmp_path: Pa
 
 
 def test_shards_become_one_file(native: Path, tmp_path: Path) -> None:
-    f8 = register()
-    reader = gguf.GGUFReader(native)
-    writer = gguf.GGUFWriter(tmp_path / "s.gguf", "deepseek4", split_max_tensors=70)
-    for field in reader.fields.values():
-        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
-            kind = field.types[0]
-            sub = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(field.name, field.contents(), kind, sub_type=sub)
-    for t in reader.tensors:
-        writer.add_tensor(t.name, t.data, raw_dtype=f8 if t.tensor_type == f8 else t.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    result = translate(tmp_path / "s-00001-of-00003.gguf", tmp_path / "n.gguf", to="native")
+    result = translate(split_in_three(native, tmp_path), tmp_path / "n.gguf", to="native")
     assert data_of(result.path) == data_of(native)
     assert set(result.removed) == {"split.no", "split.count", "split.tensors.count"}
     assert not any(key.startswith("split.") for key in read_header(result.path).kv)

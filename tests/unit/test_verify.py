@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf_writer import Gguf, Tensor, native_v4
+from shards import split_in_three
 
 from pyllama_dsv4 import synth
 from pyllama_dsv4.checkpoint import Checkpoint
@@ -429,27 +430,7 @@ def test_what_cannot_be_read_is_an_error(path: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def split(original: Path, tmp_path: Path) -> Path:
-    """The original in three shards, made by the gguf package's own writer."""
-    import gguf
-
-    from pyllama_dsv4.gguf_types import register
-
-    f8 = register()
-    reader = gguf.GGUFReader(original)
-    writer = gguf.GGUFWriter(tmp_path / "s.gguf", "deepseek4", split_max_tensors=70)
-    for field in reader.fields.values():
-        if field.name.startswith("GGUF.") or field.name == "general.architecture":
-            continue
-        kind = field.types[0]
-        sub = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(field.name, field.contents(), kind, sub_type=sub)
-    for t in reader.tensors:
-        writer.add_tensor(t.name, t.data, raw_dtype=f8 if t.tensor_type == f8 else t.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return tmp_path / "s-00001-of-00003.gguf"
+    return split_in_three(original, tmp_path)
 
 
 def test_shards(split: Path, source: Path, original: Path) -> None:
