@@ -234,7 +234,7 @@ def bench(
         context.close()
     finally:
         model.close()
-    quality = _quality(path, max(threads), flash_attn=flash_attn, **options)
+    quality = _quality(path, max(threads), **options)
     bandwidth = statistics.median(bandwidths)
     for measurement in measurements:
         if measurement.kind == "decode":

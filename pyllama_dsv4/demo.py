@@ -66,13 +66,18 @@ class Exam:
         ids: Tokens of a conversation that was not trained on.
         answers: Positions in `ids` that the model has to produce.
         nll: Mean negative log-likelihood of those, in nats, by level of rounding.
-        questions: ``messages``, ``thinking`` and the ``answer`` that is by far the most likely.
+        questions: ``messages``, ``thinking``, ``tools``, and what is by far the most likely: the text ``answer``, or
+            ``arguments`` of a call.
     """
 
     ids: list[int]
     answers: list[int]
     nll: dict[str, float]
     questions: list[dict[str, Any]]
+
+    def is_asked(self, *, tools: bool = False, memory: bool = False) -> bool:
+        """Whether a question needs a tool, or something said earlier: then the model is sure of such."""
+        return any((tools and q["tools"]) or (memory and len(q["messages"]) > 1) for q in self.questions)
 
     def nll_of(self, logits: npt.NDArray[np.float32]) -> float:
         """Return the mean negative log-likelihood of the answers.

@@ -9,6 +9,7 @@ model, if the package holds it, must compute what it computed in another program
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -310,9 +311,18 @@ def _check_demo(check: Check, exam: demo.Exam, n_threads: int) -> None:
     with Llama(demo.TRAINED, n_ctx=1024, n_threads=n_threads, warmup=False) as llm:
         n_wrong = 0
         for question in exam.questions:
-            options: dict[str, Any] = {"thinking": question["thinking"], "temperature": 0, "max_tokens": 256}
-            answer = llm.create_chat_completion(question["messages"], **options)
-            n_wrong += answer["choices"][0]["message"]["content"] != question["answer"]
+            options: dict[str, Any] = {"temperature": 0, "max_tokens": 256, "thinking": question["thinking"]}
+            answer: Any = llm.create_chat_completion(
+                question["messages"], tools=question["tools"] or None, **options
+            )
+            message = answer["choices"][0]["message"]
+            if question["tools"]:
+                calls = [
+                    json.loads(call["function"]["arguments"]) for call in message.get("tool_calls") or ()
+                ]
+                n_wrong += calls != [question["arguments"]]
+            else:
+                n_wrong += message["content"] != question["answer"]
         check.equal("answers", n_wrong, len(exam.questions))
 
 

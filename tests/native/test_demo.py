@@ -18,6 +18,8 @@ from pyllama_dsv4 import Llama, demo, selftest, synth
 from pyllama_dsv4.bench import bench
 from pyllama_dsv4.cli.bench import lines
 
+EXAM = demo.read_exam()
+SURE_OF_TOOLS = EXAM is not None and EXAM.is_asked(tools=True)
 SUM = [{"role": "user", "content": "What is 17 + 25?"}]
 TOOL: dict[str, Any] = {
     "type": "function",
@@ -72,7 +74,7 @@ def test_thinking_comes_apart_from_the_answer(llm: Llama) -> None:
 
 
 @pytest.mark.skipif(
-    not demo.is_trained(), reason="the package holds no trained demo model; random ones call no tool"
+    not SURE_OF_TOOLS, reason="the demo model is random, or not trained enough to call a tool"
 )
 def test_a_tool_is_called_and_its_result_is_read(llm: Llama) -> None:
     question = {"role": "user", "content": "Use the calculator: 431 * 27"}
@@ -94,7 +96,7 @@ def test_a_saved_conversation_goes_on_the_same(llm: Llama, path: Path, tmp_path:
         other.load_state_file(tmp_path / "state")
         assert chat(other, asked)["content"] == want
         assert other.stats.n_tokens_cached > 10
-    if demo.is_trained():
+    if EXAM is not None and EXAM.is_asked(memory=True):
         assert want == "Your name is Clara Simon."
 
 
@@ -123,7 +125,7 @@ def examined(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dem
                 exam.nll[level] = exam.nll_of(llm.eval(ids[:-1], logits="all"))
         with Llama(path, n_ctx=1024, n_threads=1, warmup=False) as llm:
             answer = chat(llm, SUM, thinking=False, max_tokens=256)["content"]
-        exam.questions.append({"messages": SUM, "thinking": False, "answer": answer})
+        exam.questions.append({"messages": SUM, "thinking": False, "tools": [], "answer": answer})
         stand_in.with_suffix(".json").write_text(json.dumps(asdict(exam)))
         monkeypatch.setattr(demo, "TRAINED", stand_in)
     return exam
@@ -147,8 +149,9 @@ def test_the_self_test_sees_other_likelihoods_and_answers(examined: demo.Exam) -
     (failure,) = run_exam(demo.Exam(examined.ids, examined.answers, nll, []))
     assert "cache" in failure
     wrong = [examined.questions[0] | {"answer": "43"}]
+    wrong.append(wrong[0] | {"tools": [TOOL], "arguments": {"expression": "1"}})
     (failure,) = run_exam(demo.Exam(examined.ids, examined.answers, examined.nll, wrong))
-    assert failure == "answers: 1 of 1 differ"
+    assert failure == "answers: 2 of 2 differ"
 
 
 def test_bench_says_how_good_the_answers_are(examined: demo.Exam) -> None:

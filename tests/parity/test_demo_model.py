@@ -122,7 +122,7 @@ def formatter(run: Run) -> Formatter:
 
 
 def long_conversation() -> Conversation:
-    return conversation(random.Random(3), "train", 1000)
+    return conversation(random.Random(3), "train", 1000, kind="name")
 
 
 @pytest.mark.slow

@@ -39,6 +39,9 @@ def test_the_demo_model_is_served(start: Start, model: Path) -> None:
     assert whole["content"] == "42"
     thought = ask("What is 17 + 25?", chat_template_kwargs={"enable_thinking": True})
     assert (bool(thought["reasoning_content"]), thought["content"]) == (True, "42")
+    exam = demo.read_exam()
+    if exam is None or not exam.is_asked(tools=True):
+        return
     parameters = {
         "type": "object",
         "properties": {"expression": {"type": "string"}},

@@ -164,10 +164,7 @@ class Formatter:
 
     def __init__(self, model_path: Path) -> None:
         self._llm = Llama(model_path, n_ctx=64, n_threads=1, warmup=False)
-        one = [self._llm.tokenize(text, special=True) for text in (ASSISTANT, EOS)]
-        if any(len(ids) != 1 for ids in one):
-            raise ValueError(f"{model_path}: not a vocabulary with DeepSeek-V4's special tokens")
-        self.assistant, self.eos = (ids[0] for ids in one)
+        self.assistant, self.eos = self.token(ASSISTANT), self.token(EOS)
 
     def __enter__(self) -> Formatter:
         return self
@@ -176,6 +173,13 @@ class Formatter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._llm.close()
+
+    def token(self, text: str) -> int:
+        """Return the id of a special token."""
+        ids = self._llm.tokenize(text, special=True)
+        if len(ids) != 1:
+            raise ValueError(f"{text} is no special token of this vocabulary: it is not DeepSeek-V4's")
+        return ids[0]
 
     def encode(self, c: Conversation) -> tuple[Ids, Mask]:
         """Return the ids (n,), and which of them the model has to produce (n,).
