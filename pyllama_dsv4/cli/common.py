@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,16 +96,16 @@ def _workers(_ctx: click.Context, _param: click.Parameter, value: str | None) ->
     return value or ()
 
 
-def _overrides(_ctx: click.Context, _param: click.Parameter, value: str | None) -> dict[str, str]:
+def _overrides(_ctx: click.Context, _param: click.Parameter, value: str | None) -> dict[str, str] | None:
     from pyllama_dsv4.placement import parse_overrides
 
-    return parse_overrides(value) if value else {}
+    return parse_overrides(value) if value else None
 
 
-def _shares(_ctx: click.Context, _param: click.Parameter, value: str | None) -> list[float]:
+def _shares(_ctx: click.Context, _param: click.Parameter, value: str | None) -> Sequence[float]:
     from pyllama_dsv4.placement import parse_shares
 
-    return parse_shares(value) if value else []
+    return parse_shares(value) if value else ()
 
 
 def model_argument(function: F) -> F:
