@@ -8,6 +8,7 @@
 #include "dsv4-load.h"
 #include "dsv4-names.h"
 #include "dsv4-refusal.h"
+#include "dsv4-template.h"
 
 #include "ggml.h"
 #include "gguf.h"
@@ -541,20 +542,23 @@ static void test_chat_template() {
     const std::string key = "tokenizer.chat_template";
     const std::string v4  = dsv4_chat_template;
     CHECK(v4.find("dsml_token") != std::string::npos && v4.size() > 5000, "the compiled-in template has %zu bytes", v4.size());
+    const std::string extended = dsv4_extend_template(v4);
+    CHECK(dsv4_is_extended_template(extended) && !dsv4_is_extended_template(v4), "DeepSeek's other roles are added");
+    CHECK(dsv4_extend_template(extended) == extended, "they are added once");
 
     file_spec f = native_model({ 0, 4, 128 }, true);
-    CHECK(loader(write_file(f)).str(key) == v4, "the writer's short template is kept");
+    CHECK(loader(write_file(f)).str(key) == extended, "the writer's short template is kept");
 
     f.set(key, std::string("{% set dsml_token = '|DSML|' %}mine"));
     CHECK(loader(write_file(f)).str(key) == "{% set dsml_token = '|DSML|' %}mine", "a V4 template is replaced");
 
     f.drop(key);
-    CHECK(loader(write_file(f)).str(key) == v4, "no template is given");
+    CHECK(loader(write_file(f)).str(key) == extended, "no template is given");
 
     CHECK(!loader(write_file(native_model())).has(key), "a template without a vocabulary");
 
     file_spec up = upstream_model(true);
-    CHECK(loader(write_file(up)).str(key) != v4, "an upstream file's template is replaced");
+    CHECK(loader(write_file(up)).str(key) != extended, "an upstream file's template is replaced");
 }
 
 static void check_untouched(const char * what, const file_spec & f) {
