@@ -17,6 +17,7 @@ from ._native import check, drain_log, encode_path, ffi, lib
 from .context import ACT_QUANT_LEVELS
 from .errors import ArgumentError, ServerError
 from .model import check_model
+from .paging import fits_in_memory
 from .placement import Placement
 from .plan import N_CTX_DEFAULT, N_UBATCH_DEFAULT, Plan, plan_model
 from .rpc import device_plan, endpoints, rpc_devices
@@ -105,9 +106,11 @@ def run_server(
     if on_plan is not None:
         on_plan(plan)
     plan.check()
-    placement.check_devices()
+    placement.check_devices(has_workers=bool(devices))
     _check_port(host, port)
     check(lib.pyl_act_quant_set_default(ACT_QUANT_LEVELS[act_quant]), "setting the level of rounding")
+    if use_mmap and not use_mlock and not fits_in_memory(report):
+        lib.pyl_paging_set(True)
     options = {
         "--host": host,
         "--port": port,
@@ -127,8 +130,8 @@ def run_server(
             {"-ot": ",".join("=".join(pair) for pair in tensor_overrides.items())} if tensor_overrides else {}
         ),
         **({"-ts": ",".join(map(str, tensor_split))} if tensor_split else {}),
-        "-sm": split_mode,
-        "-mg": main_gpu,
+        **({} if split_mode == "layer" else {"-sm": split_mode}),  # a build without GPUs warns of both
+        **({} if main_gpu == 0 else {"-mg": main_gpu}),
         **({} if n_slots is None else {"-np": n_slots}),
         **({"--rpc": ",".join(endpoints(rpc))} if devices else {}),
         **({} if api_key is None else {"--api-key": api_key}),
