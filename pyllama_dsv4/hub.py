@@ -10,6 +10,7 @@ import fnmatch
 import os
 import re
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,8 @@ def download(
                 repo_id,
                 name,
                 revision=revision,
-                local_dir=local_dir,
-                cache_dir=cache_dir,
+                local_dir=None if local_dir is None else Path(local_dir),
+                cache_dir=None if cache_dir is None else Path(cache_dir),
                 token=token,
                 tqdm_class=_bar(on_progress, i, n_files),
             )
@@ -138,9 +139,9 @@ def _with_shards(name: str, files: Sequence[str], repo_id: str) -> list[str]:
 
 def _bar(on_progress: Callable[[float], bool] | None, index: int, n_files: int) -> Any:
     """Return a class of progress bars that print nothing and tell `on_progress`."""
-    from tqdm import tqdm
+    tqdm: Any = import_module("tqdm").tqdm  # without types
 
-    class Bar(tqdm):  # type: ignore[misc,type-arg,unused-ignore]
+    class Bar(tqdm):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             kwargs.pop("name", None)
             super().__init__(*args, **{**kwargs, "disable": False})
