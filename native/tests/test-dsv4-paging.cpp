@@ -5,7 +5,7 @@
 #include "../ggml/cpu/dsv4-paging.h"
 #include "ggml.h"
 
-#include <cstdlib>
+#include <cstdio>
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -15,13 +15,12 @@ static constexpr int64_t MATRIX    = 1 << 20; // bytes, a multiple of the page
 static constexpr int64_t N_EXPERTS = 8;
 
 struct file {
-    int    fd;
+    FILE * stream;
     char * data;
 
     file() {
-        char name[] = "/tmp/test-dsv4-paging-XXXXXX";
-        fd = mkstemp(name);
-        unlink(name);
+        stream = tmpfile();
+        const int fd = fileno(stream);
         const std::vector<char> bytes(3*N_EXPERTS*MATRIX, 1);
         CHECK(write(fd, bytes.data(), bytes.size()) == (ssize_t) bytes.size(), "write");
         CHECK(fsync(fd) == 0, "fsync");
@@ -30,7 +29,7 @@ struct file {
     }
     ~file() {
         munmap(data, 3*N_EXPERTS*MATRIX);
-        close(fd);
+        fclose(stream);
     }
 };
 
