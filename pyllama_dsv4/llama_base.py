@@ -22,7 +22,7 @@ import numpy.typing as npt
 from ._native import build_info, lib, logger, series_digest
 from .chat_engine import ChatEngine
 from .context import Context, context_params
-from .draft import N_DRAFT_DEFAULT, Draft, check_n_draft
+from .draft import N_DRAFT_DEFAULT, Draft, DraftModel, check_n_draft
 from .embeddings import check_embeddings
 from .errors import ArgumentError, ClosedError, ContextFullError, ThreadError, UnsupportedModelError
 from .header import HeaderReport
@@ -176,6 +176,7 @@ class LlamaBase:
         self._is_closed = False
         self._chat_template = chat_template
         self._draft: Draft | None = None
+        self._draft_model: DraftModel | None = None
         self._loras: dict[LoraAdapter, float] = {}
         self._is_embedding = embedding
         self._pooling = pooling_type
@@ -259,7 +260,7 @@ class LlamaBase:
                 else PrefixCache(prefix_cache, self._state_identity(), prefix_cache_bytes)
             )
         except BaseException:
-            for owner in (self._draft, self._context, self._model):
+            for owner in (self._draft, self._draft_model, self._context, self._model):
                 if owner is not None:
                     owner.close()
             raise
@@ -285,7 +286,12 @@ class LlamaBase:
                 found=f"a model of '{self._report.header.architecture}'",
                 expected="one of deepseek4 to draft for",
             )
-        self._draft = Draft(path, self._context, n_draft, self._context_options, model_options)
+        self._draft_model = DraftModel(path, self._model, model_options)
+        try:
+            self._draft = Draft(self._draft_model, self._context, n_draft, self._context_options)
+        except BaseException:
+            self._draft_model.close()
+            raise
         self._context.draft = self._draft
 
     # --- lifetime ---
@@ -298,7 +304,8 @@ class LlamaBase:
             self._is_closed = True
             if self._warmup is not None:
                 self._warmup.stop()
-            for owner in (self._engine, self._sampler, self._draft, self._context, *self._loras, self._model):
+            drafting = (self._draft, self._draft_model)
+            for owner in (self._engine, self._sampler, *drafting, self._context, *self._loras, self._model):
                 if owner is not None:
                     owner.close()
 

@@ -20,7 +20,7 @@ __all__ = ["Model", "check_model"]
 # Source: src/llama-context.cpp (ctx_other), src/llama-model.cpp:llama_model_has_encoder.
 _INCOMPLETE: Final = dict.fromkeys(
     ("dflash", "eagle3", "gemma4-assistant"),
-    "It drafts for another model and runs beside it only. Open that one; this package does not draft yet.",
+    "It drafts for another model and runs beside it only. Open that one, with draft_model=FILE.",
 ) | dict.fromkeys(("t5", "t5encoder"), "It begins with an encoder, which this package does not run.")
 
 

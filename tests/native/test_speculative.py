@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from pyllama_dsv4 import Llama, errors, synth
+from pyllama_dsv4 import Llama, batch, errors, synth
+from pyllama_dsv4.context import Context
 from pyllama_dsv4.convert import convert
-from pyllama_dsv4.generate import Request
+from pyllama_dsv4.generate import Request, TextSteps
 from pyllama_dsv4.header import read_header
 
 KINDS: tuple[Literal["mtp", "dspark"], ...] = ("mtp", "dspark")
@@ -157,6 +158,87 @@ def test_the_context_fills_to_its_last_token(scripted: tuple[Path, Path]) -> Non
     with opened(*scripted, n_ctx=64) as llm:
         assert tokens(llm, [0, 1, 2], None) == expected
         assert llm.n_tokens == 64
+
+
+# --- batches ---
+
+
+def batch_tokens(llm: Llama, prompts: list[list[int]], n: int, n_parallel: int, **sampling: Any) -> Any:
+    """Return the ids of a batch, in the order of the prompts, and the number of evaluations."""
+    seen: list[list[int]] = [[] for _ in prompts]
+    made: list[list[int]] = []
+
+    class Recorder(TextSteps):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.ids: list[int] = seen[len(made)]
+            made.append(self.ids)
+
+        def feed(self, token: int) -> str | None:
+            self.ids.append(token)
+            return super().feed(token)
+
+    calls: list[int] = []
+    decode_mixed = Context.decode_mixed
+
+    def counted(self: Context, steps: Any, **options: Any) -> Any:
+        calls.append(len(steps))
+        return decode_mixed(self, steps, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch, "TextSteps", Recorder)
+        patch.setattr(Context, "decode_mixed", counted)
+        llm.generate_batch(prompts, max_tokens=n, n_parallel=n_parallel, **{**GREEDY, **sampling})
+    return seen, len(calls)
+
+
+@pytest.mark.parametrize("n_parallel", [1, 3, 8])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 7}])
+def test_rejected_proposals_change_nothing_in_a_batch(
+    pair: tuple[Path, Path], n_parallel: int, sampling: Any
+) -> None:
+    """Sequences of different lengths, more of them than are evaluated at once."""
+    prompts = [IDS[i * 9 : i * 9 + 3 + 23 * (i % 4)] for i in range(7)]
+    with opened(pair[0]) as llm:
+        expected, _ = batch_tokens(llm, prompts, 24, n_parallel, **sampling)
+        assert expected[0] == tokens(llm, prompts[0], 24, **sampling)
+        assert llm.stats.n_tokens_drafted == 0
+    with opened(*pair) as llm:
+        assert tokens(llm, IDS[:20], 4)
+        held = llm.n_tokens
+        assert batch_tokens(llm, prompts, 24, n_parallel, **sampling)[0] == expected
+        assert llm.stats.n_tokens_generated == 24 * len(prompts)
+        assert llm.stats.n_tokens_drafted > 24 * len(prompts)
+        assert (llm.stats.acceptance_rate or 0) < 0.2  # random weights
+        assert llm.n_tokens == held
+        assert tokens(llm, IDS[:20], 4) == tokens(llm, IDS[:20], 4)
+
+
+@pytest.mark.parametrize("n_parallel", [2, 5])
+def test_right_proposals_are_taken_in_a_batch(scripted: tuple[Path, Path], n_parallel: int) -> None:
+    prompts = [[(i + j) % N_CYCLE for j in range(3 + i)] for i in range(5)]
+    expected = [[(i + len(p) + j) % N_CYCLE for j in range(40)] for i, p in enumerate(prompts)]
+    with opened(scripted[0]) as llm:
+        got, n_plain = batch_tokens(llm, prompts, 40, n_parallel)
+        assert got == expected
+    with opened(*scripted, n_draft=3) as llm:
+        got, n_calls = batch_tokens(llm, prompts, 40, n_parallel)
+        assert got == expected
+        assert llm.stats.acceptance_rate == 1.0
+        assert n_calls < n_plain / 3
+        # proposals that are right for some tokens and wrong for others
+        bias = {7: 1e9}
+        mixed, _ = batch_tokens(
+            llm, prompts, 40, n_parallel, logit_bias=bias, presence_penalty=2e9, repeat_last_n=5
+        )
+        assert 0 < (llm.stats.acceptance_rate or 0) < 1
+    with opened(scripted[0]) as llm:
+        assert (
+            batch_tokens(
+                llm, prompts, 40, n_parallel, logit_bias=bias, presence_penalty=2e9, repeat_last_n=5
+            )[0]
+            == mixed
+        )
 
 
 # --- the cache holds what was chosen, and nothing else ---
