@@ -309,6 +309,8 @@ class Completions(LlamaBase):
                 for name in ("n_batch", "n_ubatch", "cache_type", "act_quant")
             },
             **sizes,
+            draft=None if self._draft_model is None else self._draft_model.model.path,
+            n_draft=self._n_rollback,
         ).check()
         options_of_batch = {**self._context_options, "n_ctx": sizes["n_ctx"], "n_seq_max": sizes["n_seq"]}
         draft: Draft | None = None

@@ -1,8 +1,8 @@
 """A draft model beside a context: it proposes tokens, and the model evaluates several of them at once.
 
 Owns the draft model, its contexts and upstream's drafting between it and the model. What a proposal is worth is
-decided by the token loops (``generate.py``, ``batch.py``): only tokens that the sampler chooses anyway are kept. Files are those of ``convert
---draft``: MTP of the preview, DSpark of 0731.
+decided by the token loops (``generate.py``, ``batch.py``): only tokens that the sampler chooses anyway are kept. Files
+are those of ``convert --draft``: MTP of the preview, DSpark of 0731.
 """
 
 from __future__ import annotations
@@ -19,23 +19,34 @@ from .context import Context
 from .errors import ArgumentError, ModelLoadError, UnsupportedModelError
 from .header import Header, read_header
 from .model import Model
+from .plan import draft_kind
 
-__all__ = ["N_DRAFT_DEFAULT", "N_DRAFT_MAX", "Draft", "DraftModel", "check_n_draft"]
+__all__ = [
+    "N_DRAFT_DEFAULT",
+    "N_DRAFT_MAX",
+    "Draft",
+    "DraftModel",
+    "check_draft",
+    "check_n_draft",
+    "check_pair",
+]
 
 N_DRAFT_DEFAULT = 3
 N_DRAFT_MAX = 16
 
 
-def _kind(header: Header, path: str | os.PathLike[str]) -> int:
-    """Return how a file drafts, a ``pyl_draft_kind``.
+_KINDS = {"mtp": lib.PYL_DRAFT_MTP, "dspark": lib.PYL_DRAFT_DSPARK, "dflash": lib.PYL_DRAFT_DFLASH}
 
-    Source: upstream common/speculative.cpp:common_speculative_types_from_gguf.
+
+def check_draft(header: Header, path: str | os.PathLike[str]) -> str:
+    """Return how a file drafts: ``mtp``, ``dspark`` or ``dflash``.
+
+    Raises:
+        UnsupportedModelError: It does not.
     """
-    names = {tensor.name for tensor in header.tensors}
-    if header.architecture == "dflash":
-        return int(lib.PYL_DRAFT_DSPARK if "markov_w1.weight" in names else lib.PYL_DRAFT_DFLASH)
-    if header.architecture == "deepseek4" and any(n.endswith(".nextn.eh_proj.weight") for n in names):
-        return int(lib.PYL_DRAFT_MTP)
+    kind = draft_kind(header)
+    if kind is not None:
+        return kind
     raise UnsupportedModelError(
         "opening a draft model",
         path=path,
@@ -54,7 +65,7 @@ class DraftModel:
         options: Keywords of ``Model``.
 
     Attributes:
-        kind: A ``pyl_draft_kind``.
+        kind: As ``check_draft`` says.
         model: The weights.
 
     Raises:
@@ -63,10 +74,10 @@ class DraftModel:
     """
 
     def __init__(self, path: str | os.PathLike[str], target: Model, options: Mapping[str, Any]) -> None:
-        self.kind = _kind(read_header(path), path)  # the engine checks the rest while it loads
+        self.kind = check_draft(read_header(path), path)  # the engine checks the rest while it loads
         self.model = Model(path, load_mtp=True, **options)
         try:
-            status = lib.pyl_draft_check(target.pointer, self.model.pointer, self.kind)
+            status = lib.pyl_draft_check(target.pointer, self.model.pointer, _KINDS[self.kind])
             check(status, "preparing the draft model", ModelLoadError, path=path)
         except BaseException:
             self.model.close()
@@ -97,12 +108,10 @@ class Draft:
         self.n_max = n_max
         self._target = target
         self._pointer: Any = None
-        self._context = Context(
-            model.model, **options, target=target, is_mtp=model.kind == int(lib.PYL_DRAFT_MTP)
-        )
+        self._context = Context(model.model, **options, target=target, is_mtp=model.kind == "mtp")
         try:
             pointer = lib.pyl_draft_init(
-                target.pointer, self._context.pointer, model.kind, n_max, target.monitor
+                target.pointer, self._context.pointer, _KINDS[model.kind], n_max, target.monitor
             )
             check_ptr(pointer, "preparing the draft model", ModelLoadError, path=model.model.path)
             self._pointer = ffi.gc(pointer, lib.pyl_draft_free)
@@ -165,6 +174,20 @@ class Draft:
         if pointer is not None:
             ffi.release(pointer)
         self._context.close()
+
+
+def check_pair(path: str | os.PathLike[str], draft: str | os.PathLike[str]) -> str:
+    """Check that a file drafts for a model, from both headers; return how, as ``check_draft``.
+
+    Raises:
+        UnsupportedModelError, ModelLoadError: as ``DraftModel``.
+    """
+    check_draft(read_header(draft), draft)  # before the model's vocabulary is read
+    options: dict[str, Any] = {"use_mmap": False, "no_alloc": True}
+    with Model(path, **options) as model:
+        draft_model = DraftModel(draft, model, options)
+        draft_model.close()
+        return draft_model.kind
 
 
 def check_n_draft(n_draft: int, n_ubatch: int) -> None:

@@ -22,10 +22,10 @@ import numpy.typing as npt
 from ._native import build_info, lib, logger, series_digest
 from .chat_engine import ChatEngine
 from .context import Context, context_params
-from .draft import N_DRAFT_DEFAULT, Draft, DraftModel, check_n_draft
+from .draft import N_DRAFT_DEFAULT, Draft, DraftModel, check_draft, check_n_draft
 from .embeddings import check_embeddings
 from .errors import ArgumentError, ClosedError, ContextFullError, ThreadError, UnsupportedModelError
-from .header import HeaderReport
+from .header import HeaderReport, read_header
 from .lora import LoraAdapter
 from .machine import working_set_bytes
 from .model import Model, check_model
@@ -200,6 +200,8 @@ class LlamaBase:
             tensor_split=tensor_split,
         )
         self._report: HeaderReport = check_model(model_path)
+        if draft_model is not None:
+            self._check_draft(draft_model)
         self.plan: Plan = plan_model(
             self._report,
             **device_plan(devices, n_gpu_layers),
@@ -210,6 +212,8 @@ class LlamaBase:
             act_quant=act_quant,
             flash_attn=flash_attn,
             is_mapped=use_mmap and not use_mlock,
+            draft=draft_model,
+            n_draft=self._n_rollback,
         )
         logger.info("%s: %s", self._report.header.path, self.plan.line())
         self.plan.check()
@@ -278,7 +282,8 @@ class LlamaBase:
             self._warmup = Warmup(_warm_ranges(self._report), progress)
             self._warmup.start()
 
-    def _open_draft(self, path: str | os.PathLike[str], n_draft: int, **model_options: Any) -> None:
+    def _check_draft(self, path: str | os.PathLike[str]) -> None:
+        check_draft(read_header(path), path)
         if self._report.header.architecture != "deepseek4":
             raise UnsupportedModelError(
                 "opening a draft model",
@@ -286,6 +291,8 @@ class LlamaBase:
                 found=f"a model of '{self._report.header.architecture}'",
                 expected="one of deepseek4 to draft for",
             )
+
+    def _open_draft(self, path: str | os.PathLike[str], n_draft: int, **model_options: Any) -> None:
         self._draft_model = DraftModel(path, self._model, model_options)
         try:
             self._draft = Draft(self._draft_model, self._context, n_draft, self._context_options)

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
+from draft_pair import KINDS, N_CYCLE, counting_pair, random_pair
 
 from pyllama_dsv4 import Llama, batch, errors, synth
 from pyllama_dsv4.context import Context
 from pyllama_dsv4.convert import convert
 from pyllama_dsv4.generate import Request, TextSteps
-from pyllama_dsv4.header import read_header
 
-KINDS: tuple[Literal["mtp", "dspark"], ...] = ("mtp", "dspark")
-N_CYCLE = 40
 IDS = [int(i) for i in np.random.default_rng(0).integers(3, 250, 150)]
 # rounding that depends on the batch could choose another token where two are nearly equal
 EXACT: dict[str, Any] = {"n_threads": 1, "warmup": False, "cache_type": "f32", "flash_attn": "off"}
@@ -28,61 +24,13 @@ GREEDY: Any = {"temperature": 0}
 @pytest.fixture(scope="module", params=KINDS)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A random model and its draft model."""
-    folder = tmp_path_factory.mktemp(request.param)
-    config = synth.tiny_config(vocab_size=512)
-    synth.write_checkpoint(folder / "checkpoint", config, seed=3, tokenizer="bytes", draft=request.param)
-    convert(folder / "checkpoint", folder / "model.gguf")
-    convert(folder / "checkpoint", folder / f"{request.param}.gguf", draft=True)
-    return folder / "model.gguf", folder / f"{request.param}.gguf"
+    return random_pair(tmp_path_factory.mktemp(request.param), request.param)
 
 
 @pytest.fixture(scope="module")
 def scripted(pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The pair, both made to count: token i is followed by i + 1, and N_CYCLE - 1 by 0."""
-    folder = tmp_path_factory.mktemp("scripted")
-    model, draft = (Path(shutil.copyfile(path, folder / path.name)) for path in pair)
-    embeddings = np.zeros((512, 256), np.float32)
-    head = np.zeros((512, 256), np.float32)
-    for i in range(N_CYCLE):
-        embeddings[i, i] = 1e4  # no layer changes such a direction
-        head[(i + 1) % N_CYCLE, i] = 5
-    set_bf16(model, "token_embd.weight", embeddings)
-    set_bf16(model, "output.weight", head)
-    if draft.name.startswith("mtp"):
-        set_bf16(draft, "token_embd.weight", embeddings)
-        set_bf16(draft, "output.weight", head)
-        set_eh_proj(draft)
-    else:
-        first, second = (np.zeros((512, 256), np.float32) for _ in range(2))
-        for i in range(N_CYCLE):  # the Markov head's bias: what follows the token before
-            first[i, i] = second[(i + 1) % N_CYCLE, i] = 1e3
-        set_bf16(draft, "markov_w1.weight", first)
-        set_bf16(draft, "markov_w2.weight", second)
-    return model, draft
-
-
-def set_bytes(path: Path, name: str, data: bytes) -> None:
-    (info,) = (t for t in read_header(path).tensors if t.name == name)
-    assert info.n_bytes == len(data)
-    with path.open("r+b") as stream:
-        stream.seek(info.start)
-        stream.write(data)
-
-
-def set_bf16(path: Path, name: str, values: npt.NDArray[np.float32]) -> None:
-    set_bytes(path, name, (values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
-
-
-def set_eh_proj(path: Path) -> None:
-    """Make the prediction block begin with the token's embedding, and nothing of the hidden state."""
-    (info,) = (t for t in read_header(path).tensors if t.name.endswith("nextn.eh_proj.weight"))
-    n_in, n_out = info.dims
-    blocks = np.zeros((n_out, n_in // 128, 129), np.uint8)  # a scale and 128 codes
-    blocks[:, :, 0] = 127
-    for row in range(n_out):
-        blocks[row, row // 128, 0] = 127 + 12
-        blocks[row, row // 128, 1 + row % 128] = 0x38  # 1.0
-    set_bytes(path, info.name, blocks.tobytes())
+    """The pair, both made to count."""
+    return counting_pair(pair, tmp_path_factory.mktemp("scripted"))
 
 
 def opened(model: Path, draft: Path | None = None, **options: Any) -> Llama:
