@@ -219,14 +219,17 @@ class Completions(LlamaBase):
             return chunks
         head: responses.Completion | None = None
         choices: dict[int, responses.CompletionChoice] = {}
+        texts: dict[int, list[str]] = {}
         for chunk in chunks:
             head = chunk
             piece = chunk["choices"][0]
             choice = choices.setdefault(piece["index"], {**piece, "text": "", "logprobs": None})
-            choice["text"] += piece["text"]
+            texts.setdefault(piece["index"], []).append(piece["text"])
             choice["finish_reason"] = piece["finish_reason"]
             responses.add_logprobs(choice, piece["logprobs"])
         assert head is not None  # every choice ends with a chunk
+        for index, parts in texts.items():
+            choices[index]["text"] = "".join(parts)
         head["choices"] = [choices[i] for i in sorted(choices)]
         return head
 
