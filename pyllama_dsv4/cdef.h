@@ -399,6 +399,7 @@ enum pyl_outputs
   PYL_OUTPUTS_ALL = ...
 };
 int32_t pyl_decode(struct llama_context *ctx, const int32_t *tokens, int32_t n_tokens, int32_t pos, int32_t seq_id, enum pyl_outputs outputs);
+int32_t pyl_decode_one(struct llama_context *ctx, int32_t token, int32_t pos, int32_t seq_id, float *out, int32_t n_vocab);
 int32_t pyl_decode_mixed(struct llama_context *ctx, const int32_t *tokens, const int32_t *pos, const int32_t *seq_id, const int8_t *outputs, int32_t n_tokens);
 int32_t pyl_state_seq_save(struct llama_context *ctx, int32_t seq_id, uint8_t *out, uint64_t size, uint64_t *n);
 int32_t pyl_state_seq_load(struct llama_context *ctx, int32_t seq_id, const uint8_t *data, uint64_t size, uint64_t *n);

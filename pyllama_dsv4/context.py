@@ -269,6 +269,12 @@ class Context:
             ContextFullError: No room; nothing was changed.
             CancelledError, InferenceError, MemoryLimitError: all sequences were cleared.
         """
+        # the loop over tokens comes here for every one of them
+        if not all_logits and self.draft is None and self._step_s < SHORT_S and len(ids) == 1:
+            token = ids[0]
+            if type(token) is int and 0 <= token < self.n_vocab and self._n_tokens[seq] < self.n_ctx:
+                self._decode_one(token, seq)
+                return None
         array = self._check_ids(ids)
         if array.size == 0:
             return np.empty((0, self.n_vocab), np.float32) if all_logits else None
@@ -306,10 +312,25 @@ class Context:
         self._logits = last
         return rows
 
+    def _decode_one(self, token: int, seq: int) -> None:
+        """Evaluate a token in this thread: a switch to another would cost more than it saves."""
+        row = np.empty(self.n_vocab, np.float32)
+        start_s = time.monotonic()
+        out = ffi.from_buffer("float[]", row)
+        try:
+            status = lib.pyl_decode_one(self.pointer, token, self._n_tokens[seq], seq, out, self.n_vocab)
+            if status != lib.PYL_OK:
+                check(status, "evaluating a token")
+            self._n_tokens[seq] += 1
+        except BaseException:
+            if self._pointer is not None:
+                self.clear()
+            raise
+        self._step_s = time.monotonic() - start_s
+        row.flags.writeable = False
+        self._logits = row
+
     def _check_ids(self, ids: Sequence[int]) -> npt.NDArray[np.int32]:
-        # the loop over tokens comes here for every one of them
-        if type(ids) is list and len(ids) == 1 and type(ids[0]) is int and 0 <= ids[0] < self.n_vocab:
-            return np.array(ids, np.int32)
         try:
             wide = np.asarray(ids, dtype=np.int64)
         except (TypeError, ValueError, OverflowError) as error:

@@ -361,6 +361,9 @@ class _Evaluation:
             n_more: How many further tokens are wanted at most.
             watch: May stop the call.
         """
+        if self._context.draft is None:
+            self._session.eval([token], watch=watch)
+            return self._context.logits
         if self._proposed and self._proposed[0] == token:
             self._proposed.popleft()
             self._n_accepted += 1

@@ -62,6 +62,38 @@ def _n_threads_default() -> int:
     return max(1, min(n_cores, len(affinity(0)) if affinity else n_cores))
 
 
+class _Use:
+    """See ``LlamaBase._use``; a class, because the loop over tokens comes here for every one of them."""
+
+    def __init__(self, llm: LlamaBase) -> None:
+        self._llm = llm
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._owner: int | None = None  # thread that holds the lock
+
+    def __enter__(self) -> None:
+        if os.getpid() != self._pid:
+            raise ThreadError(
+                "this Llama was opened by the parent of this process",
+                hint="Engine threads do not survive a fork; open the model again in the child.",
+            )
+        me = threading.get_ident()
+        if self._owner == me:
+            raise ThreadError(
+                "this Llama was used by a callback of its own call",
+                hint="A callback may look at what it is given; use the Llama after the call.",
+            )
+        self._lock.acquire()
+        if self._llm._is_closed:
+            self._lock.release()
+            raise ClosedError("this Llama is closed")
+        self._owner = me
+
+    def __exit__(self, *_: object) -> None:
+        self._owner = None
+        self._lock.release()
+
+
 class LlamaBase:
     """An open model with one context; see ``Llama``."""
 
@@ -166,9 +198,7 @@ class LlamaBase:
         refuse_unknown("Llama", unknown, keyword_names(LlamaBase.__init__))
         if verbose:
             _log_to_stderr()
-        self._pid = os.getpid()
-        self._lock = threading.Lock()
-        self._owner: int | None = None  # thread that holds the lock
+        self._step = _Use(self)
         self._turns = Turns()
         self._warmup: Warmup | None = None
         self._engine: ChatEngine | None = None
@@ -332,31 +362,12 @@ class LlamaBase:
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Llama cannot be pickled; pass its path and open it again in the other process")
 
-    @contextmanager
-    def _use(self) -> Iterator[None]:
+    def _use(self) -> _Use:
         """Keep the native objects for one step; refuse use after close, after a fork and from a callback of a step.
 
         Other threads wait.
         """
-        if os.getpid() != self._pid:
-            raise ThreadError(
-                "this Llama was opened by the parent of this process",
-                hint="Engine threads do not survive a fork; open the model again in the child.",
-            )
-        me = threading.get_ident()
-        if self._owner == me:
-            raise ThreadError(
-                "this Llama was used by a callback of its own call",
-                hint="A callback may look at what it is given; use the Llama after the call.",
-            )
-        with self._lock:
-            if self._is_closed:
-                raise ClosedError("this Llama is closed")
-            self._owner = me
-            try:
-                yield
-            finally:
-                self._owner = None
+        return self._step
 
     @contextmanager
     def _change(self) -> Iterator[None]:

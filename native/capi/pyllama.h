@@ -73,6 +73,9 @@ enum pyl_outputs {
 int32_t pyl_decode(struct llama_context * ctx, const int32_t * tokens, int32_t n_tokens, int32_t pos, int32_t seq_id,
         enum pyl_outputs outputs);
 
+// Evaluate one token and copy the logits after it to out[n_vocab]: pyl_decode and pyl_logits_copy in one call.
+int32_t pyl_decode_one(struct llama_context * ctx, int32_t token, int32_t pos, int32_t seq_id, float * out, int32_t n_vocab);
+
 // Evaluate a mixed batch: n_tokens (at most n_batch) tokens, each with its position and sequence; outputs[i] != 0 wants
 // the logits of token i. Status and memory as with pyl_decode.
 int32_t pyl_decode_mixed(struct llama_context * ctx, const int32_t * tokens, const int32_t * pos, const int32_t * seq_id,
