@@ -219,7 +219,9 @@ def test_soak(llm: Llama, seconds: float) -> None:
     peak, resident = peak_bytes() or 0, working_set_bytes() or 0
     n_compared = _soak(llm, seconds - 2)
     grown, grown_resident = (peak_bytes() or 0) - peak, (working_set_bytes() or 0) - resident
-    print(f"{n_compared} generations compared; resident {resident:,} {grown_resident:+,}, peak {peak:,} {grown:+,}")
+    print(
+        f"{n_compared} generations compared; resident {resident:,} {grown_resident:+,}, peak {peak:,} {grown:+,}"
+    )
     assert n_compared > 8
     assert grown < 64 << 20
 
