@@ -399,6 +399,7 @@ enum pyl_outputs
   PYL_OUTPUTS_ALL = ...
 };
 int32_t pyl_decode(struct llama_context *ctx, const int32_t *tokens, int32_t n_tokens, int32_t pos, int32_t seq_id, enum pyl_outputs outputs);
+int32_t pyl_decode_one(struct llama_context *ctx, int32_t token, int32_t pos, int32_t seq_id, float *out, int32_t n_vocab);
 int32_t pyl_decode_mixed(struct llama_context *ctx, const int32_t *tokens, const int32_t *pos, const int32_t *seq_id, const int8_t *outputs, int32_t n_tokens);
 int32_t pyl_state_seq_save(struct llama_context *ctx, int32_t seq_id, uint8_t *out, uint64_t size, uint64_t *n);
 int32_t pyl_state_seq_load(struct llama_context *ctx, int32_t seq_id, const uint8_t *data, uint64_t size, uint64_t *n);
@@ -413,10 +414,17 @@ enum pyl_draft_kind
 int32_t pyl_draft_check(const struct llama_model *target, const struct llama_model *model, enum pyl_draft_kind kind);
 struct pyl_draft *pyl_draft_init(struct llama_context *target, struct llama_context *context, enum pyl_draft_kind kind, int32_t n_max, struct pyl_monitor *monitor);
 void pyl_draft_free(struct pyl_draft *draft);
-int32_t pyl_draft_process(struct pyl_draft *draft, const int32_t *tokens, int32_t n_tokens, int32_t pos);
-int32_t pyl_draft_propose(struct pyl_draft *draft, int32_t token, int32_t pos, int32_t n_max, int32_t *out);
-int32_t pyl_draft_accept(struct pyl_draft *draft, int32_t n_accepted, int32_t pos);
-void pyl_draft_clear(struct pyl_draft *draft);
+int32_t pyl_draft_process(struct pyl_draft *draft, const int32_t *tokens, const int32_t *pos, const int32_t *seq_id, int32_t n_tokens);
+struct pyl_draft_request
+{
+  int32_t seq_id;
+  int32_t token;
+  int32_t pos;
+  int32_t n_max;
+};
+int32_t pyl_draft_propose(struct pyl_draft *draft, const struct pyl_draft_request *requests, int32_t n_requests, int32_t n_max, int32_t *out, int32_t *n_out);
+int32_t pyl_draft_accept(struct pyl_draft *draft, int32_t seq_id, int32_t n_accepted, int32_t pos);
+void pyl_draft_clear(struct pyl_draft *draft, int32_t seq_id);
 struct pyl_sampler *pyl_sampler_init(const struct llama_vocab *vocab, int32_t n_vocab);
 void pyl_sampler_free(struct pyl_sampler *sampler);
 int32_t pyl_sampler_add(struct pyl_sampler *sampler, struct llama_sampler *stage);

@@ -16,6 +16,7 @@ from . import responses
 from ._native import lib
 from .batch import generate_batch
 from .context import Context
+from .draft import Draft
 from .embeddings import embed
 from .errors import ArgumentError, ClosedError, ThreadError
 from .generate import GenerationOptions, Piece, Request, stream
@@ -218,14 +219,17 @@ class Completions(LlamaBase):
             return chunks
         head: responses.Completion | None = None
         choices: dict[int, responses.CompletionChoice] = {}
+        texts: dict[int, list[str]] = {}
         for chunk in chunks:
             head = chunk
             piece = chunk["choices"][0]
             choice = choices.setdefault(piece["index"], {**piece, "text": "", "logprobs": None})
-            choice["text"] += piece["text"]
+            texts.setdefault(piece["index"], []).append(piece["text"])
             choice["finish_reason"] = piece["finish_reason"]
             responses.add_logprobs(choice, piece["logprobs"])
         assert head is not None  # every choice ends with a chunk
+        for index, parts in texts.items():
+            choices[index]["text"] = "".join(parts)
         head["choices"] = [choices[i] for i in sorted(choices)]
         return head
 
@@ -273,6 +277,7 @@ class Completions(LlamaBase):
         """Continue several prompts at once, a token of each in every step; return one completion for each, in order.
 
         Uses a cache of its own for `n_parallel` sequences, as long as the call lasts, and leaves this object's alone.
+        A draft model proposes for all of them; ``stats`` counts the whole batch.
 
         Args:
             prompts: Each as in ``generate``.
@@ -298,6 +303,7 @@ class Completions(LlamaBase):
         if not all_ids:
             return []
         room = self.n_ctx if max_tokens is None else max(map(len, all_ids)) + max_tokens
+        room = max(room, 2 * self._n_rollback)  # a proposal is evaluated at once
         sizes: dict[str, Any] = {"n_ctx": min(self.n_ctx, room), "n_seq": min(n_parallel, len(all_ids))}
         plan_model(
             self._report,
@@ -306,14 +312,22 @@ class Completions(LlamaBase):
                 for name in ("n_batch", "n_ubatch", "cache_type", "act_quant")
             },
             **sizes,
+            draft=None if self._draft_model is None else self._draft_model.model.path,
+            n_draft=self._n_rollback,
         ).check()
+        options_of_batch = {**self._context_options, "n_ctx": sizes["n_ctx"], "n_seq_max": sizes["n_seq"]}
+        draft: Draft | None = None
         with self._turns.take(request.watch), self._use():
             context = Context(
                 self._model,
-                **{**self._context_options, "n_ctx": sizes["n_ctx"], "n_seq_max": sizes["n_seq"]},
+                **options_of_batch,
+                n_rollback=self._n_rollback,
             )
             try:
                 context.set_loras(list(self._loras.items()))
+                if self._draft_model is not None:
+                    draft = Draft(self._draft_model, context, self._n_rollback, options_of_batch)
+                    context.draft = draft
                 results = generate_batch(
                     context,
                     self._tokenizer,
@@ -322,7 +336,15 @@ class Completions(LlamaBase):
                     request,
                 )
             finally:
+                if draft is not None:
+                    draft.close()
                 context.close()
+        self.stats = Stats(
+            n_tokens_prompt=sum(map(len, all_ids)),
+            n_tokens_generated=sum(r.n_tokens for r in results),
+            n_tokens_drafted=sum(r.n_tokens_drafted for r in results),
+            n_tokens_accepted=sum(r.n_tokens_accepted for r in results),
+        )
         head = responses.ResponseHead.new("cmpl", self._model.path.name, self.system_fingerprint)
         return [
             responses.completion(head, 0, r.text, r.finish, responses.usage(len(ids), r.n_tokens))

@@ -134,7 +134,7 @@ class Context:
         is_mtp: Of a draft model: it is a prediction block.
 
     Attributes:
-        draft: Proposes tokens of sequence 0; told of all of them, and closed by its owner.
+        draft: Proposes tokens; told of all that are evaluated, and closed by its owner.
         model: As given.
         monitor: Stops a computation, also that of a draft's context.
     """
@@ -269,6 +269,12 @@ class Context:
             ContextFullError: No room; nothing was changed.
             CancelledError, InferenceError, MemoryLimitError: all sequences were cleared.
         """
+        # the loop over tokens comes here for every one of them
+        if not all_logits and self.draft is None and self._step_s < SHORT_S and len(ids) == 1:
+            token = ids[0]
+            if type(token) is int and 0 <= token < self.n_vocab and self._n_tokens[seq] < self.n_ctx:
+                self._decode_one(token, seq)
+                return None
         array = self._check_ids(ids)
         if array.size == 0:
             return np.empty((0, self.n_vocab), np.float32) if all_logits else None
@@ -306,10 +312,25 @@ class Context:
         self._logits = last
         return rows
 
+    def _decode_one(self, token: int, seq: int) -> None:
+        """Evaluate a token in this thread: a switch to another would cost more than it saves."""
+        row = np.empty(self.n_vocab, np.float32)
+        start_s = time.monotonic()
+        out = ffi.from_buffer("float[]", row)
+        try:
+            status = lib.pyl_decode_one(self.pointer, token, self._n_tokens[seq], seq, out, self.n_vocab)
+            if status != lib.PYL_OK:
+                check(status, "evaluating a token")
+            self._n_tokens[seq] += 1
+        except BaseException:
+            if self._pointer is not None:
+                self.clear()
+            raise
+        self._step_s = time.monotonic() - start_s
+        row.flags.writeable = False
+        self._logits = row
+
     def _check_ids(self, ids: Sequence[int]) -> npt.NDArray[np.int32]:
-        # the loop over tokens comes here for every one of them
-        if type(ids) is list and len(ids) == 1 and type(ids[0]) is int and 0 <= ids[0] < self.n_vocab:
-            return np.array(ids, np.int32)
         try:
             wide = np.asarray(ids, dtype=np.int64)
         except (TypeError, ValueError, OverflowError) as error:
@@ -343,8 +364,9 @@ class Context:
                 outputs,
             )
             check(status, op)
-            if self.draft is not None and seq == 0:
-                self.draft.process(chunk, self._n_tokens[seq])
+            if self.draft is not None:
+                pos = np.arange(self._n_tokens[seq], self._n_tokens[seq] + chunk.size, dtype=np.int32)
+                self.draft.process(chunk, pos, np.full(chunk.size, seq, np.int32))
             return int(status)
 
         start_s = time.monotonic()
@@ -365,16 +387,21 @@ class Context:
             raise
 
     def decode_mixed(
-        self, steps: Sequence[tuple[int, Sequence[int]]], *, watch: Watch | None = None
+        self,
+        steps: Sequence[tuple[int, Sequence[int]]],
+        *,
+        n_rows: Sequence[int] | None = None,
+        watch: Watch | None = None,
     ) -> list[npt.NDArray[np.float32]]:
         """Evaluate tokens of several sequences in one batch, each at the end of its own.
 
         Args:
             steps: Number of a sequence, and the token ids to append to it; at most ``n_batch`` ids together.
+            n_rows: For every step, of how many of its last tokens logits are wanted; None wants the last only.
             watch: May stop the call.
 
         Returns:
-            For every step the logits after its last token, ``(n_vocab,) float32``.
+            For every step the logits after its last tokens, ``(n_rows, n_vocab) float32``.
 
         Raises:
             ArgumentError: Ids or sequences out of range, or too many; nothing was changed.
@@ -403,9 +430,10 @@ class Context:
             [np.arange(s, s + a.size, dtype=np.int32) for s, a in zip(starts, arrays, strict=True)]
         )
         owners = np.concatenate([np.full(a.size, s, np.int32) for s, a in zip(seqs, arrays, strict=True)])
-        lasts = np.cumsum([a.size for a in arrays]) - 1
+        ends = np.cumsum([a.size for a in arrays])
+        wanted = [np.arange(end - k, end) for end, k in zip(ends, n_rows or [1] * len(steps), strict=True)]
         outputs = np.zeros(n, np.int8)
-        outputs[lasts] = 1
+        outputs[np.concatenate(wanted)] = 1
 
         def work() -> int:
             status = lib.pyl_decode_mixed(
@@ -416,30 +444,49 @@ class Context:
                 ffi.from_buffer("int8_t[]", outputs),
                 n,
             )
-            return check(status, f"evaluating {n} tokens of {len(steps)} sequences")
+            check(status, f"evaluating {n} tokens of {len(steps)} sequences")
+            if self.draft is not None:
+                self.draft.process(tokens, pos, owners)
+            return int(status)
 
         self._logits = None
         try:
             self._run(work, watch)
             for seq, array in zip(seqs, arrays, strict=True):
                 self._n_tokens[seq] += array.size
-            rows = [np.empty(self.n_vocab, np.float32) for _ in steps]
-            for row, last in zip(rows, lasts, strict=True):
-                self._copy_logits(int(last), row)
+            rows = [np.empty((len(indices), self.n_vocab), np.float32) for indices in wanted]
+            for part, indices in zip(rows, wanted, strict=True):
+                for row, index in zip(part, indices, strict=True):
+                    self._copy_logits(int(index), row)
         except BaseException:
             if self._pointer is not None:
                 self.clear()
             raise
         return rows
 
-    def propose(self, token: int, n_max: int) -> list[int]:
-        """Return what the draft model lets follow `token`, which is to be evaluated next; possibly nothing."""
-        n_max = min(n_max, self.n_ctx - self.n_tokens - 1)
-        if self.draft is None or n_max < 1:
-            return []
-        return self.draft.propose(token, self.n_tokens, n_max)
+    def propose(self, steps: Sequence[tuple[int, int, int]]) -> list[list[int]]:
+        """Return what the draft model lets follow tokens that are to be evaluated next.
 
-    def settle(self, n_accepted: int, n_rejected: int, logits: npt.NDArray[np.float32]) -> None:
+        Args:
+            steps: Number of a sequence, its next token, and how many more are wanted at most.
+
+        Returns:
+            A proposal for every step, possibly an empty one.
+        """
+        proposals: list[list[int]] = [[] for _ in steps]
+        if self.draft is None:
+            return proposals
+        rooms = [min(n_max, self.n_ctx - self._n_tokens[seq] - 1) for seq, _, n_max in steps]
+        asked = [i for i, room in enumerate(rooms) if room >= 1]
+        if asked:
+            requests = [(*steps[i][:2], self._n_tokens[steps[i][0]], rooms[i]) for i in asked]
+            for i, proposal in zip(asked, self.draft.propose(requests), strict=True):
+                proposals[i] = proposal
+        return proposals
+
+    def settle(
+        self, n_accepted: int, n_rejected: int, logits: npt.NDArray[np.float32] | None, seq: int = 0
+    ) -> None:
         """Drop the rejected end of a proposal that was evaluated; `logits` are those after what stays.
 
         Raises:
@@ -447,11 +494,11 @@ class Context:
         """
         assert self.draft is not None
         try:
-            self.draft.accept(n_accepted, self.n_tokens - n_rejected)
+            self.draft.accept(seq, n_accepted, self._n_tokens[seq] - n_rejected)
         except BaseException:
             self.clear()
             raise
-        self._n_tokens[0] -= n_rejected
+        self._n_tokens[seq] -= n_rejected
         self._logits = logits
 
     def drop(self, seq: int) -> None:
@@ -461,8 +508,8 @@ class Context:
             raise StateError(f"forgetting sequence {seq} failed", hint="All sequences were cleared.")
         self._n_tokens[seq] = 0
         self._logits = None
-        if self.draft is not None and seq == 0:
-            self.draft.clear()
+        if self.draft is not None:
+            self.draft.clear(seq)
 
     def _copy_logits(self, index: int, out: npt.NDArray[np.float32]) -> None:
         status = lib.pyl_logits_copy(self.pointer, index, ffi.from_buffer("float[]", out), self.n_vocab)

@@ -47,8 +47,8 @@ class GenerationOptions(SamplingOptions, total=False):
         stop: Strings that end the text; they are not part of it.
         stop_token_ids: Token ids that end it, likewise.
         grammar: GBNF that the text must follow, or a ``Grammar``.
-        logits_processor: Called as ``f(ids, logits)`` before each token with all ids so far, ``int32``, and the logits,
-            ``(n_vocab,) float32``, to be changed in place; or it returns others. One, or a list.
+        logits_processor: Called as ``f(ids, logits)`` before each token with all ids so far, ``int32``, read-only, and
+            the logits, ``(n_vocab,) float32``, to be changed in place; or it returns others. One, or a list.
         loop_guard: End with ``finish_reason="loop"`` when the last so many tokens are a piece of at most a quarter of
             them over and over; 0 is off.
         timeout: Seconds after which the call raises ``CancelledError``, waiting for other threads included.
@@ -294,6 +294,28 @@ class TextSteps:
         return self._finder.feed(self._decoder.finish()) + self._finder.finish()
 
 
+class _Ids:
+    """All ids so far, in an array that grows by doubling."""
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self._n = len(ids)
+        self._buffer = np.empty(max(256, 2 * self._n), np.int32)
+        self._buffer[: self._n] = ids
+
+    def append(self, token: int) -> None:
+        if self._n == len(self._buffer):
+            self._buffer = np.concatenate([self._buffer, np.empty(self._n, np.int32)])
+        self._buffer[self._n] = token
+        self._n += 1
+
+    @property
+    def array(self) -> npt.NDArray[np.int32]:
+        """``(n,) int32``, read-only; stays as it is when more are appended."""
+        view = self._buffer[: self._n]
+        view.flags.writeable = False
+        return view
+
+
 def processed(
     logits: npt.NDArray[np.float32], ids: npt.NDArray[np.int32], processors: Sequence[LogitsProcessor]
 ) -> npt.NDArray[np.float32]:
@@ -339,6 +361,9 @@ class _Evaluation:
             n_more: How many further tokens are wanted at most.
             watch: May stop the call.
         """
+        if self._context.draft is None:
+            self._session.eval([token], watch=watch)
+            return self._context.logits
         if self._proposed and self._proposed[0] == token:
             self._proposed.popleft()
             self._n_accepted += 1
@@ -396,7 +421,7 @@ def stream(
     """
     steps = TextSteps(tokenizer, request)
     watch = request.watch
-    ids = np.asarray(session.ids, np.int32) if request.processors else np.empty(0, np.int32)
+    ids = _Ids(session.ids if request.processors else ())
     pending: int | None = None  # sampled, handed out, not evaluated yet
     n_left = context.n_ctx - session.n_tokens
     evaluation = _Evaluation(context, session, stats)
@@ -418,8 +443,8 @@ def stream(
                 logits = evaluation.logits_after(pending, n_more, watch)
                 version = session.version
             if request.processors:
-                token = sampler.sample(processed(logits, ids, request.processors))
-                ids = np.append(ids, np.int32(token))
+                token = sampler.sample(processed(logits, ids.array, request.processors))
+                ids.append(token)
             else:
                 token = sampler.sample(logits)
             text = steps.feed(token)

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import math
 from bisect import insort
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from .tensors import HParams
 
-__all__ = ["BatchShape", "compute_bytes", "padded"]
+__all__ = ["BatchShape", "compute_bytes", "draft_compute_bytes", "padded"]
 
 _ALIGNMENT: Final = 32
 _F16: Final = 2
@@ -201,6 +201,22 @@ def compute_bytes(hp: HParams, batch: BatchShape) -> int:
     return _Builder(hp, batch).build().peak_bytes()
 
 
+def draft_compute_bytes(hp: HParams, batch: BatchShape, *, n_blocks: int, is_mtp: bool) -> int:
+    """Return the bytes of a draft model's compute buffer.
+
+    Args:
+        hp: The model that it drafts for.
+        batch: As for that model.
+        n_blocks: Its blocks: without compression, routed with a bias.
+        is_mtp: It is a prediction block. DSpark's graph is not followed in detail, and comes out up to a quarter too
+            large.
+
+    Source: ``src/models/deepseek4.cpp:graph_mtp``, ``src/models/dflash.cpp``.
+    """
+    blocks = replace(hp, n_layer=n_blocks, compress_ratios=(0,) * n_blocks, n_hash_layer=0)
+    return _Builder(blocks, batch, is_mtp=is_mtp).build().peak_bytes()
+
+
 def _rotation_size(head_dim: int) -> int:
     """Return the largest power of two from 64 that divides a head; the engine rotates in pieces of that size."""
     size = 64
@@ -210,8 +226,9 @@ def _rotation_size(head_dim: int) -> int:
 
 
 class _Builder:
-    def __init__(self, hp: HParams, batch: BatchShape) -> None:
+    def __init__(self, hp: HParams, batch: BatchShape, *, is_mtp: bool = False) -> None:
         self.hp = hp
+        self.is_mtp = is_mtp
         self.b = batch
         self.t = batch.n_tokens
         self.g = _Graph()
@@ -225,7 +242,7 @@ class _Builder:
         ratios = hp.compress_ratios[: hp.n_layer]
         self._add_inputs(ratios)
         embd = g.new((hp.n_embd, t), self.tokens)
-        stream = g.new((hp.n_embd, hp.hc_count, t), _View(embd))
+        stream = self._mtp_stream(embd) if self.is_mtp else g.new((hp.n_embd, hp.hc_count, t), _View(embd))
         for il, ratio in enumerate(ratios):
             mixes, x = self._hc_pre(stream)
             x = self._attention(x, ratio)
@@ -239,7 +256,10 @@ class _Builder:
         """Add the inputs in the order of the graph's leaves."""
         g, hp, b, t = self.g, self.hp, self.b, self.t
         self.tokens = g.input(t)
-        g.input(hp.n_embd, t)  # embeddings in place of tokens; nothing reads them
+        if self.is_mtp:
+            self.hidden = g.input(hp.n_embd * hp.hc_count, t)
+        else:
+            g.input(hp.n_embd, t)  # embeddings in place of tokens; nothing reads them
         if self.rotates:
             self.raw_rotation = g.input(_rotation_size(hp.head_dim), _rotation_size(hp.head_dim))
         self.raw_mask = g.input(b.n_raw, t, value_bytes=self.mask_bytes)
@@ -285,6 +305,16 @@ class _Builder:
             rotation=g.input(_rotation_size(head_dim), _rotation_size(head_dim)) if rotates else None,
             is_index=is_index,
         )
+
+    def _mtp_stream(self, embd: _Tensor) -> _Tensor:
+        """Join a token's embedding with the model's hidden state, stream by stream."""
+        g, hp, t = self.g, self.hp, self.t
+        embd = self._norm(embd)
+        embd = g.new((hp.n_embd, hp.hc_count, t), _View(embd))
+        hidden = g.new((hp.n_embd, hp.hc_count, t), _View(self.hidden))
+        hidden = g.same(hidden, hidden)
+        joined = g.new((2 * hp.n_embd, hp.hc_count, t), embd, hidden)
+        return g.new((hp.n_embd, hp.hc_count, t), joined)
 
     # --- hyper-connections ---
 
@@ -502,7 +532,8 @@ class _Builder:
 
     def _head(self, stream: _Tensor) -> None:
         g, hp, n = self.g, self.hp, self.b.n_outputs
-        flat = g.new((hp.hc_count * hp.n_embd, n), _View(stream), self.outputs)
+        # the hidden state is what the next proposal begins with
+        flat = g.new((hp.hc_count * hp.n_embd, n), _View(stream), self.outputs, is_kept=self.is_mtp)
         weights = g.new((hp.hc_count, n), g.new((hp.hc_count * hp.n_embd, n), _View(flat)))
         for _ in range(4):
             weights = g.same(weights, weights)

@@ -22,10 +22,10 @@ import numpy.typing as npt
 from ._native import build_info, lib, logger, series_digest
 from .chat_engine import ChatEngine
 from .context import Context, context_params
-from .draft import N_DRAFT_DEFAULT, Draft, check_n_draft
+from .draft import N_DRAFT_DEFAULT, Draft, DraftModel, check_draft, check_n_draft
 from .embeddings import check_embeddings
 from .errors import ArgumentError, ClosedError, ContextFullError, ThreadError, UnsupportedModelError
-from .header import HeaderReport
+from .header import HeaderReport, read_header
 from .lora import LoraAdapter
 from .machine import working_set_bytes
 from .model import Model, check_model
@@ -60,6 +60,38 @@ def _n_threads_default() -> int:
     n_cores = int(lib.pyl_n_cores())
     affinity = getattr(os, "sched_getaffinity", None)
     return max(1, min(n_cores, len(affinity(0)) if affinity else n_cores))
+
+
+class _Use:
+    """See ``LlamaBase._use``; a class, because the loop over tokens comes here for every one of them."""
+
+    def __init__(self, llm: LlamaBase) -> None:
+        self._llm = llm
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._owner: int | None = None  # thread that holds the lock
+
+    def __enter__(self) -> None:
+        if os.getpid() != self._pid:
+            raise ThreadError(
+                "this Llama was opened by the parent of this process",
+                hint="Engine threads do not survive a fork; open the model again in the child.",
+            )
+        me = threading.get_ident()
+        if self._owner == me:
+            raise ThreadError(
+                "this Llama was used by a callback of its own call",
+                hint="A callback may look at what it is given; use the Llama after the call.",
+            )
+        self._lock.acquire()
+        if self._llm._is_closed:
+            self._lock.release()
+            raise ClosedError("this Llama is closed")
+        self._owner = me
+
+    def __exit__(self, *_: object) -> None:
+        self._owner = None
+        self._lock.release()
 
 
 class LlamaBase:
@@ -166,9 +198,7 @@ class LlamaBase:
         refuse_unknown("Llama", unknown, keyword_names(LlamaBase.__init__))
         if verbose:
             _log_to_stderr()
-        self._pid = os.getpid()
-        self._lock = threading.Lock()
-        self._owner: int | None = None  # thread that holds the lock
+        self._step = _Use(self)
         self._turns = Turns()
         self._warmup: Warmup | None = None
         self._engine: ChatEngine | None = None
@@ -176,6 +206,7 @@ class LlamaBase:
         self._is_closed = False
         self._chat_template = chat_template
         self._draft: Draft | None = None
+        self._draft_model: DraftModel | None = None
         self._loras: dict[LoraAdapter, float] = {}
         self._is_embedding = embedding
         self._pooling = pooling_type
@@ -199,6 +230,8 @@ class LlamaBase:
             tensor_split=tensor_split,
         )
         self._report: HeaderReport = check_model(model_path)
+        if draft_model is not None:
+            self._check_draft(draft_model)
         self.plan: Plan = plan_model(
             self._report,
             **device_plan(devices, n_gpu_layers),
@@ -209,6 +242,8 @@ class LlamaBase:
             act_quant=act_quant,
             flash_attn=flash_attn,
             is_mapped=use_mmap and not use_mlock,
+            draft=draft_model,
+            n_draft=self._n_rollback,
         )
         logger.info("%s: %s", self._report.header.path, self.plan.line())
         self.plan.check()
@@ -259,7 +294,7 @@ class LlamaBase:
                 else PrefixCache(prefix_cache, self._state_identity(), prefix_cache_bytes)
             )
         except BaseException:
-            for owner in (self._draft, self._context, self._model):
+            for owner in (self._draft, self._draft_model, self._context, self._model):
                 if owner is not None:
                     owner.close()
             raise
@@ -277,7 +312,8 @@ class LlamaBase:
             self._warmup = Warmup(_warm_ranges(self._report), progress)
             self._warmup.start()
 
-    def _open_draft(self, path: str | os.PathLike[str], n_draft: int, **model_options: Any) -> None:
+    def _check_draft(self, path: str | os.PathLike[str]) -> None:
+        check_draft(read_header(path), path)
         if self._report.header.architecture != "deepseek4":
             raise UnsupportedModelError(
                 "opening a draft model",
@@ -285,7 +321,14 @@ class LlamaBase:
                 found=f"a model of '{self._report.header.architecture}'",
                 expected="one of deepseek4 to draft for",
             )
-        self._draft = Draft(path, self._context, n_draft, self._context_options, model_options)
+
+    def _open_draft(self, path: str | os.PathLike[str], n_draft: int, **model_options: Any) -> None:
+        self._draft_model = DraftModel(path, self._model, model_options)
+        try:
+            self._draft = Draft(self._draft_model, self._context, n_draft, self._context_options)
+        except BaseException:
+            self._draft_model.close()
+            raise
         self._context.draft = self._draft
 
     # --- lifetime ---
@@ -298,7 +341,8 @@ class LlamaBase:
             self._is_closed = True
             if self._warmup is not None:
                 self._warmup.stop()
-            for owner in (self._engine, self._sampler, self._draft, self._context, *self._loras, self._model):
+            drafting = (self._draft, self._draft_model)
+            for owner in (self._engine, self._sampler, *drafting, self._context, *self._loras, self._model):
                 if owner is not None:
                     owner.close()
 
@@ -318,31 +362,12 @@ class LlamaBase:
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Llama cannot be pickled; pass its path and open it again in the other process")
 
-    @contextmanager
-    def _use(self) -> Iterator[None]:
+    def _use(self) -> _Use:
         """Keep the native objects for one step; refuse use after close, after a fork and from a callback of a step.
 
         Other threads wait.
         """
-        if os.getpid() != self._pid:
-            raise ThreadError(
-                "this Llama was opened by the parent of this process",
-                hint="Engine threads do not survive a fork; open the model again in the child.",
-            )
-        me = threading.get_ident()
-        if self._owner == me:
-            raise ThreadError(
-                "this Llama was used by a callback of its own call",
-                hint="A callback may look at what it is given; use the Llama after the call.",
-            )
-        with self._lock:
-            if self._is_closed:
-                raise ClosedError("this Llama is closed")
-            self._owner = me
-            try:
-                yield
-            finally:
-                self._owner = None
+        return self._step
 
     @contextmanager
     def _change(self) -> Iterator[None]:

@@ -20,7 +20,7 @@ __all__ = ["Model", "check_model"]
 # Source: src/llama-context.cpp (ctx_other), src/llama-model.cpp:llama_model_has_encoder.
 _INCOMPLETE: Final = dict.fromkeys(
     ("dflash", "eagle3", "gemma4-assistant"),
-    "It drafts for another model and runs beside it only. Open that one; this package does not draft yet.",
+    "It drafts for another model and runs beside it only. Open that one, with draft_model=FILE.",
 ) | dict.fromkeys(("t5", "t5encoder"), "It begins with an encoder, which this package does not run.")
 
 
@@ -69,6 +69,7 @@ class Model:
         placement: Where the model is to lie, in full.
         context_params: ``llama_context_params`` for which memory is left where the placement is found automatically.
         load_mtp: Load prediction blocks as well: the file is a draft model.
+        no_alloc: Read no weights: what the model is can be asked, and nothing evaluated.
         on_progress: Called with the fraction 0..1 about every 50 ms; returning False cancels the load.
 
     Raises:
@@ -91,6 +92,7 @@ class Model:
         placement: Placement | None = None,
         context_params: Any = None,
         load_mtp: bool = False,
+        no_alloc: bool = False,
         on_progress: Callable[[float], bool] | None = None,
     ) -> None:
         self.path = Path(path)
@@ -100,6 +102,7 @@ class Model:
         params.use_extra_bufts = use_extra_bufts
         placed = placement.apply(params, path, context_params)
         params.load_mtp = load_mtp
+        params.no_alloc = no_alloc
         params.vocab_only = vocab_only
         c_devices = ffi.new("ggml_backend_dev_t[]", [*devices, ffi.NULL])
         if devices:

@@ -18,14 +18,14 @@ from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from typing import Any, Final, Literal
 
-from .errors import ArgumentError, MemoryLimitError
+from .errors import ArgumentError, MemoryLimitError, UnsupportedModelError
 from .gguf_file import ArrayValue
-from .graph_memory import BatchShape, compute_bytes, padded
-from .header import Header, HeaderReport, Tensor, check_header
+from .graph_memory import BatchShape, compute_bytes, draft_compute_bytes, padded
+from .header import Header, HeaderReport, Tensor, check_header, read_header
 from .machine import available_bytes, read_bandwidth
 from .tensors import HParams
 
-__all__ = ["CACHE_BYTES", "Place", "Plan", "TokenBytes", "plan_file", "plan_model"]
+__all__ = ["CACHE_BYTES", "Place", "Plan", "TokenBytes", "draft_kind", "plan_file", "plan_model"]
 
 CACHE_BYTES: Final = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}
 """Bytes of one value in the KV cache, by type."""
@@ -102,6 +102,8 @@ class Plan:
         gpus: GPUs, in the order given.
         token: Bytes read per token.
         token_on_gpus: The part of it that is in each GPU's memory.
+        draft: A draft model beside it, counted as host memory: on GPUs it takes what the model leaves. Its bytes are
+            not in ``token``.
         disk_bandwidth: Bytes per second that the file is read at when its pages are not in memory; None when unknown.
     """
 
@@ -118,16 +120,22 @@ class Plan:
     token: TokenBytes
     token_on_gpus: tuple[int, ...]
     disk_bandwidth: float | None = None
+    draft: Place | None = None
+
+    @property
+    def weights(self) -> int:
+        """Bytes of weights in host memory, a draft model's included."""
+        return self.host.weights + (0 if self.draft is None else self.draft.weights)
 
     @property
     def resident(self) -> int:
         """Bytes of host memory without which the model does not run."""
-        return self.host.cache + self.host.compute + (0 if self.is_mapped else self.host.weights)
+        return self.needs - (self.weights if self.is_mapped else 0)
 
     @property
     def needs(self) -> int:
         """Bytes of host memory that it needs to run from memory alone."""
-        return self.host.total
+        return self.host.total + (0 if self.draft is None else self.draft.total)
 
     @property
     def is_streamed(self) -> bool:
@@ -229,13 +237,13 @@ class Plan:
         if available is None:
             return
         found = f"{_gb(available)} available"
-        if not self.is_mapped and self.host.weights > available:
+        if not self.is_mapped and self.weights > available:
             raise MemoryLimitError(
                 "the weights do not fit into memory",
                 path=self.path,
                 key="use_mmap",
                 found=found,
-                expected=_gb(self.host.weights),
+                expected=_gb(self.weights),
                 hint="With use_mmap=True and use_mlock=False the file may be larger than memory.",
             )
         if not self.is_estimate and self.resident > available:
@@ -303,6 +311,8 @@ def plan_model(
     bandwidth: float | None = None,
     gpu_bandwidth: float | None = None,
     disk_bandwidth: float | None = None,
+    draft: str | os.PathLike[str] | None = None,
+    n_draft: int = 0,
 ) -> Plan:
     """Plan the load of a checked model.
 
@@ -326,9 +336,13 @@ def plan_model(
             ``Plan.with_bandwidth``.
         gpu_bandwidth: The same of each GPU; None neglects the time they take.
         disk_bandwidth: The same of the disk with the file.
+        draft: A draft model's file, of which the header is read.
+        n_draft: Tokens that it proposes at most; V4 keeps as many copies of its compressor states.
 
     Raises:
         ArgumentError: An argument is out of its range.
+        ModelFileError, FormatError: The draft model's file.
+        UnsupportedModelError: It drafts for DeepSeek-V4 only, or is no draft model.
     """
     if cache_type not in CACHE_BYTES:
         raise _bad_argument("cache_type", repr(cache_type), ", ".join(CACHE_BYTES))
@@ -347,7 +361,8 @@ def plan_model(
         if rate is not None and not rate > 0:
             raise _bad_argument(name, rate, "more than 0 bytes per second")
     batch = min(n_ubatch, n_batch or n_ubatch, n_ctx)
-    sizes = _Sizes.of(report, n_ctx, batch, cache_type, act_quant, flash_attn != "off", n_seq)
+    n_copies = n_draft if draft is not None else 0
+    sizes = _Sizes.of(report, n_ctx, batch, cache_type, act_quant, flash_attn != "off", n_seq, n_copies)
     layout = _Layout(
         sizes,
         gpu_bytes=tuple(gpu_bytes),
@@ -372,6 +387,9 @@ def plan_model(
         token=sizes.token,
         token_on_gpus=token_on_gpus,
         disk_bandwidth=disk_bandwidth,
+        draft=None
+        if draft is None
+        else _draft_place(report, draft, n_ctx, batch, cache_type, act_quant, flash_attn != "off", n_seq),
     )
 
 
@@ -422,12 +440,13 @@ class _Sizes:
         act_quant: str,
         has_flash_attn: bool,
         n_seq: int,
+        n_copies: int,
     ) -> _Sizes:
         header, hp = report.header, report.hparams
         n_cells = padded(n_ctx, _CELLS)
         if hp is not None:
             shape = _batch_shape(hp, n_cells, batch, cache_type, act_quant, has_flash_attn)
-            caches = [_v4_cache(hp, ratio, shape) for ratio in hp.compress_ratios[: hp.n_layer]]
+            caches = [_v4_cache(hp, ratio, shape, n_copies) for ratio in hp.compress_ratios[: hp.n_layer]]
             compute = compute_bytes(hp, shape)
             n_used, n_expert = hp.n_expert_used, hp.n_expert
         else:
@@ -504,11 +523,11 @@ def _batch_shape(
     )
 
 
-def _v4_cache(hp: HParams, ratio: int, shape: BatchShape) -> tuple[int, int]:
+def _v4_cache(hp: HParams, ratio: int, shape: BatchShape, n_copies: int = 0) -> tuple[int, int]:
     """Return the bytes of a layer's caches, and of the rows in them that a token reads.
 
     A layer has the window's cells; with a ratio, one compressed row per so many tokens, for ratio 4 another one for the
-    indexer; and the compressor's state in F32, twice (values and scores).
+    indexer; and the compressor's state in F32, twice (values and scores), with copies where tokens can be dropped.
 
     Source: ``src/llama-kv-cache-dsv4.cpp``.
     """
@@ -521,7 +540,61 @@ def _v4_cache(hp: HParams, ratio: int, shape: BatchShape) -> tuple[int, int]:
         n_values += shape.n_hca * hp.head_dim
         n_state = ratio * hp.head_dim
     n_rows = int(n_values * shape.cache_value_bytes)
-    return n_rows + 2 * 4 * n_state, n_rows
+    return n_rows + 2 * 4 * n_state * (1 + n_copies), n_rows
+
+
+def _draft_place(
+    report: HeaderReport,
+    draft: str | os.PathLike[str],
+    n_ctx: int,
+    batch: int,
+    cache_type: str,
+    act_quant: str,
+    has_flash_attn: bool,
+    n_seq: int,
+) -> Place:
+    """Return what a draft model takes: its file, the window of each block (keys and values), its largest graph.
+
+    Its dimensions are those of the model, which the engine insists on.
+    """
+    hp, header = report.hparams, read_header(draft)
+    kind = draft_kind(header)
+    if hp is None or kind is None:
+        raise UnsupportedModelError(
+            "planning a draft model",
+            path=draft if kind is None else report.header.path,
+            found=f"a model of '{(header if kind is None else report.header).architecture}'",
+            expected="an MTP or DSpark file, beside a model of deepseek4",
+        )
+    is_mtp = kind == "mtp"
+    key = "deepseek4.nextn_predict_layers" if is_mtp else "dflash.block_count"
+    found = header.metadata.get(key)
+    n_blocks = found if isinstance(found, int) and 0 < found < 100 else 1
+    shape = _batch_shape(hp, padded(n_ctx, _CELLS), batch, cache_type, act_quant, has_flash_attn)
+    n_window = int(2 * shape.n_raw * hp.head_dim * shape.cache_value_bytes)
+    experts = sum(tensor.n_bytes for tensor in header.tensors if "_exps" in tensor.name)
+    return Place(
+        name="draft",
+        weights=sum(tensor.n_bytes for tensor in header.tensors),
+        experts=experts,
+        cache=n_seq * n_blocks * n_window,
+        compute=draft_compute_bytes(hp, shape, n_blocks=n_blocks, is_mtp=is_mtp),
+        available=None,
+        bandwidth=None,
+    )
+
+
+def draft_kind(header: Header) -> Literal["mtp", "dspark", "dflash"] | None:
+    """Return how a file drafts for a model, or None if it does not.
+
+    Source: upstream common/speculative.cpp:common_speculative_types_from_gguf.
+    """
+    names = {tensor.name for tensor in header.tensors}
+    if header.architecture == "dflash":
+        return "dspark" if "markov_w1.weight" in names else "dflash"
+    if header.architecture == "deepseek4" and any(n.endswith(".nextn.eh_proj.weight") for n in names):
+        return "mtp"
+    return None
 
 
 class _OtherModel:

@@ -15,6 +15,7 @@ from typing import Literal
 
 from ._native import check, drain_log, encode_path, ffi, lib
 from .context import ACT_QUANT_LEVELS
+from .draft import N_DRAFT_DEFAULT, check_n_draft, check_pair
 from .errors import ArgumentError, ServerError
 from .model import check_model
 from .paging import fits_in_memory
@@ -54,6 +55,8 @@ def run_server(
     flash_attn: str = "auto",
     act_quant: str = "cache",
     rpc: str | Sequence[str] = (),
+    draft_model: str | os.PathLike[str] | None = None,
+    n_draft: int = N_DRAFT_DEFAULT,
     log: str = "normal",
     use_color: bool = False,
     args: Sequence[str] = (),
@@ -79,7 +82,8 @@ def run_server(
 
     Raises:
         ArgumentError: An argument is out of range, or the server does not know an option.
-        FormatError, ModelFileError: The file cannot be served.
+        FormatError, ModelFileError: The file cannot be served, or the draft model's.
+        UnsupportedModelError, ModelLoadError: The draft model does not draft for this model.
         MemoryLimitError: The plan does not fit.
         WorkerError: A worker cannot be reached or is of another build.
         ServerError: The port is taken, or the server failed; its log says why.
@@ -88,6 +92,10 @@ def run_server(
         raise ArgumentError("serving", key="act_quant", found=act_quant, expected=", ".join(ACT_QUANT_LEVELS))
     placement = Placement(n_gpu_layers, n_cpu_moe, tensor_overrides or {}, split_mode, main_gpu, tensor_split)
     report = check_model(path)
+    kind: str | None = None
+    if draft_model is not None:
+        check_n_draft(n_draft, min(n_ubatch, n_batch, n_ctx))
+        kind = check_pair(path, draft_model)  # the server would end the process
     devices = rpc_devices(rpc)
     if devices and n_gpu_layers == "auto":
         n_gpu_layers = -1
@@ -102,6 +110,8 @@ def run_server(
         act_quant=act_quant,  # type: ignore[arg-type]  # checked above
         flash_attn=flash_attn,  # type: ignore[arg-type]  # refused there otherwise
         is_mapped=use_mmap and not use_mlock,
+        draft=draft_model,
+        n_draft=n_draft,
     )
     if on_plan is not None:
         on_plan(plan)
@@ -138,6 +148,16 @@ def run_server(
     }
     words = [b"pyllama-dsv4", b"-m", encode_path(path)]
     words += [str(word).encode() for pair in options.items() for word in pair]
+    if draft_model is not None:
+        words += [b"-md", encode_path(draft_model)]
+        draft_options = {
+            "--spec-type": f"draft-{kind}",
+            "--spec-draft-n-max": n_draft,
+            "-ctkd": cache_type,
+            "-ctvd": cache_type,
+            **({"-ngld": options["-ngl"]} if "-ngl" in options else {}),
+        }
+        words += [str(word).encode() for pair in draft_options.items() for word in pair]
     words += [os.fsencode(word) for word in args]
     if devices:
         lib.pyl_rpc_register()

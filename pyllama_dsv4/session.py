@@ -95,7 +95,7 @@ class Session:
 
     def propose(self, token: int, n_max: int) -> list[int]:
         """Return what a draft model lets follow `token`; see ``Context.propose``."""
-        return self._context.propose(token, n_max)
+        return self._context.propose([(0, token, n_max)])[0]
 
     def settle(self, n_accepted: int, n_rejected: int, logits: npt.NDArray[np.float32]) -> None:
         """Drop the rejected end of a proposal; see ``Context.settle``."""

@@ -157,6 +157,11 @@ int32_t pyl_decode(struct llama_context * ctx, const int32_t * tokens, int32_t n
     });
 }
 
+int32_t pyl_decode_one(struct llama_context * ctx, int32_t token, int32_t pos, int32_t seq_id, float * out, int32_t n_vocab) {
+    const int32_t status = pyl_decode(ctx, &token, 1, pos, seq_id, PYL_OUTPUTS_LAST);
+    return status == PYL_OK ? pyl_logits_copy(ctx, -1, out, n_vocab) : status;
+}
+
 int32_t pyl_decode_mixed(struct llama_context * ctx, const int32_t * tokens, const int32_t * pos, const int32_t * seq_id,
         const int8_t * outputs, int32_t n_tokens) {
     return pyl_guard([&]() -> int32_t {

@@ -73,6 +73,9 @@ enum pyl_outputs {
 int32_t pyl_decode(struct llama_context * ctx, const int32_t * tokens, int32_t n_tokens, int32_t pos, int32_t seq_id,
         enum pyl_outputs outputs);
 
+// Evaluate one token and copy the logits after it to out[n_vocab]: pyl_decode and pyl_logits_copy in one call.
+int32_t pyl_decode_one(struct llama_context * ctx, int32_t token, int32_t pos, int32_t seq_id, float * out, int32_t n_vocab);
+
 // Evaluate a mixed batch: n_tokens (at most n_batch) tokens, each with its position and sequence; outputs[i] != 0 wants
 // the logits of token i. Status and memory as with pyl_decode.
 int32_t pyl_decode_mixed(struct llama_context * ctx, const int32_t * tokens, const int32_t * pos, const int32_t * seq_id,
@@ -97,29 +100,39 @@ enum pyl_draft_kind {
     PYL_DRAFT_DFLASH = 2,
 };
 
-struct pyl_draft; // a draft model at work beside sequence 0 of a context
+struct pyl_draft; // a draft model at work beside the sequences of a context
 
 // Whether a model can draft for another; to be asked before it gets a context, which asserts that it does.
 int32_t pyl_draft_check(const struct llama_model * target, const struct llama_model * model, enum pyl_draft_kind kind);
 
 // Both contexts must outlive the result; `context` is the draft model's and was made with `target` as ctx_other and the
-// same monitor. `target` must be able to drop n_max tokens (n_rs_seq). NULL on failure.
+// same monitor and number of sequences. `target` must be able to drop n_max tokens (n_rs_seq). NULL on failure.
 struct pyl_draft * pyl_draft_init(struct llama_context * target, struct llama_context * context,
         enum pyl_draft_kind kind, int32_t n_max, struct pyl_monitor * monitor);
 void               pyl_draft_free(struct pyl_draft * draft);
 
-// After every pyl_decode of `target`, with the same tokens: what the draft model has to know of them.
-int32_t pyl_draft_process(struct pyl_draft * draft, const int32_t * tokens, int32_t n_tokens, int32_t pos);
+// After every evaluation of `target`, with the same tokens: what the draft model has to know of them. Those of one sequence
+// stand together.
+int32_t pyl_draft_process(struct pyl_draft * draft, const int32_t * tokens, const int32_t * pos, const int32_t * seq_id,
+        int32_t n_tokens);
 
-// Propose what follows `token`, which is to be evaluated at pos, in out[n_max]. Returns the number of tokens, which may
-// be 0, or a pyl_status.
-int32_t pyl_draft_propose(struct pyl_draft * draft, int32_t token, int32_t pos, int32_t n_max, int32_t * out);
+// What may follow `token`, which is to be evaluated at pos of a sequence: at most n_max tokens.
+struct pyl_draft_request {
+    int32_t seq_id;
+    int32_t token;
+    int32_t pos;
+    int32_t n_max;
+};
 
-// Of the last proposal n_accepted were right: drop everything from pos on, in both caches.
-int32_t pyl_draft_accept(struct pyl_draft * draft, int32_t n_accepted, int32_t pos);
+// Answer requests of different sequences together: n_out[i] tokens, possibly none, at out + i*n_max.
+int32_t pyl_draft_propose(struct pyl_draft * draft, const struct pyl_draft_request * requests, int32_t n_requests,
+        int32_t n_max, int32_t * out, int32_t * n_out);
 
-// Forget all tokens of the draft model; what comes next may be at any position.
-void pyl_draft_clear(struct pyl_draft * draft);
+// Of a sequence's last proposal n_accepted tokens were right: drop everything of it from pos on, in both caches.
+int32_t pyl_draft_accept(struct pyl_draft * draft, int32_t seq_id, int32_t n_accepted, int32_t pos);
+
+// Forget the tokens of a sequence (-1: of all) in the draft model; what comes next may be at any position.
+void pyl_draft_clear(struct pyl_draft * draft, int32_t seq_id);
 
 // --- sampling ---
 

@@ -10,15 +10,16 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 struct pyl_draft {
-    llama_context *        target;
-    llama_context *        context;
-    pyl_monitor *          monitor;
-    common_speculative_ptr spec;
-    common_batch           batch;
-    llama_tokens           prompt; // upstream wants one for drafting from n-grams; stays empty
-    llama_tokens           result;
+    llama_context *           target;
+    llama_context *           context;
+    pyl_monitor *             monitor;
+    common_speculative_ptr    spec;
+    common_batch              batch;
+    llama_tokens              prompt;  // upstream wants one for drafting from n-grams; stays empty
+    std::vector<llama_tokens> results; // of each sequence
 };
 
 namespace {
@@ -60,6 +61,14 @@ void check_models(const llama_model * target, const llama_model * model, pyl_dra
     }
 }
 
+bool is_sequence(const pyl_draft * draft, int32_t seq_id) {
+    if (seq_id >= 0 && seq_id < int32_t(draft->results.size())) {
+        return true;
+    }
+    pyl_set_error("sequence id out of range");
+    return false;
+}
+
 } // namespace
 
 int32_t pyl_draft_check(const struct llama_model * target, const struct llama_model * model, enum pyl_draft_kind kind) {
@@ -85,7 +94,8 @@ struct pyl_draft * pyl_draft_init(struct llama_context * target, struct llama_co
         made->target  = target;
         made->context = context;
         made->monitor = monitor;
-        made->spec.reset(common_speculative_init(params, 1));
+        made->results.resize(llama_n_seq_max(target));
+        made->spec.reset(common_speculative_init(params, made->results.size()));
         if (!made->spec) {
             throw std::runtime_error("upstream has no way to draft with this model");
         }
@@ -100,11 +110,12 @@ void pyl_draft_free(struct pyl_draft * draft) {
     delete draft;
 }
 
-int32_t pyl_draft_process(struct pyl_draft * draft, const int32_t * tokens, int32_t n_tokens, int32_t pos) {
+int32_t pyl_draft_process(struct pyl_draft * draft, const int32_t * tokens, const int32_t * pos, const int32_t * seq_id,
+        int32_t n_tokens) {
     return pyl_guard([&]() -> int32_t {
         draft->batch.clear();
         for (int32_t i = 0; i < n_tokens; ++i) {
-            draft->batch.add(tokens[i], pos + i, 0, false);
+            draft->batch.add(tokens[i], pos[i], seq_id[i], false);
         }
         if (common_speculative_process(draft->spec.get(), draft->batch)) {
             llama_synchronize(draft->context);
@@ -116,33 +127,50 @@ int32_t pyl_draft_process(struct pyl_draft * draft, const int32_t * tokens, int3
     });
 }
 
-int32_t pyl_draft_propose(struct pyl_draft * draft, int32_t token, int32_t pos, int32_t n_max, int32_t * out) {
+int32_t pyl_draft_propose(struct pyl_draft * draft, const struct pyl_draft_request * requests, int32_t n_requests,
+        int32_t n_max, int32_t * out, int32_t * n_out) {
     return pyl_guard([&]() -> int32_t {
-        draft->result.clear();
-        common_speculative_get_draft_params(draft->spec.get(), 0) = {
-            /*.drafting =*/ true,
-            /*.n_max    =*/ n_max,
-            /*.pos0     =*/ pos,
-            /*.id_last  =*/ token,
-            /*.prompt   =*/ &draft->prompt,
-            /*.result   =*/ &draft->result,
-        };
-        common_speculative_draft(draft->spec.get());
-        if (!llama_memory_seq_rm(llama_get_memory(draft->context), 0, pos, -1)) {
-            pyl_set_error("the draft model's cache cannot drop its tail");
-            return PYL_ERROR;
+        for (size_t i = 0; i < draft->results.size(); ++i) { // a proposal that failed half-way leaves it set
+            common_speculative_get_draft_params(draft->spec.get(), i).drafting = false;
         }
-        const int32_t n = std::min(n_max, int32_t(draft->result.size()));
-        std::copy(draft->result.begin(), draft->result.begin() + n, out);
-        return n;
+        for (int32_t i = 0; i < n_requests; ++i) {
+            const auto & request = requests[i];
+            if (!is_sequence(draft, request.seq_id)) {
+                return PYL_ERROR_ARGUMENT;
+            }
+            draft->results[request.seq_id].clear();
+            common_speculative_get_draft_params(draft->spec.get(), request.seq_id) = {
+                /*.drafting =*/ true,
+                /*.n_max    =*/ request.n_max,
+                /*.pos0     =*/ request.pos,
+                /*.id_last  =*/ request.token,
+                /*.prompt   =*/ &draft->prompt,
+                /*.result   =*/ &draft->results[request.seq_id],
+            };
+        }
+        common_speculative_draft(draft->spec.get());
+        for (int32_t i = 0; i < n_requests; ++i) {
+            const auto & request = requests[i];
+            if (!llama_memory_seq_rm(llama_get_memory(draft->context), request.seq_id, request.pos, -1)) {
+                pyl_set_error("the draft model's cache cannot drop its tail");
+                return PYL_ERROR;
+            }
+            const auto & result = draft->results[request.seq_id];
+            n_out[i] = std::min({ n_max, request.n_max, int32_t(result.size()) });
+            std::copy(result.begin(), result.begin() + n_out[i], out + int64_t(i) * n_max);
+        }
+        return PYL_OK;
     });
 }
 
-int32_t pyl_draft_accept(struct pyl_draft * draft, int32_t n_accepted, int32_t pos) {
+int32_t pyl_draft_accept(struct pyl_draft * draft, int32_t seq_id, int32_t n_accepted, int32_t pos) {
     return pyl_guard([&]() -> int32_t {
-        common_speculative_accept(draft->spec.get(), 0, n_accepted);
-        if (!llama_memory_seq_rm(llama_get_memory(draft->target), 0, pos, -1) ||
-            !llama_memory_seq_rm(llama_get_memory(draft->context), 0, pos, -1)) {
+        if (!is_sequence(draft, seq_id)) {
+            return PYL_ERROR_ARGUMENT;
+        }
+        common_speculative_accept(draft->spec.get(), seq_id, n_accepted);
+        if (!llama_memory_seq_rm(llama_get_memory(draft->target), seq_id, pos, -1) ||
+            !llama_memory_seq_rm(llama_get_memory(draft->context), seq_id, pos, -1)) {
             pyl_set_error("the cache cannot drop the tokens of a rejected draft");
             return PYL_ERROR;
         }
@@ -150,6 +178,10 @@ int32_t pyl_draft_accept(struct pyl_draft * draft, int32_t n_accepted, int32_t p
     });
 }
 
-void pyl_draft_clear(struct pyl_draft * draft) {
-    llama_memory_clear(llama_get_memory(draft->context), true);
+void pyl_draft_clear(struct pyl_draft * draft, int32_t seq_id) {
+    if (seq_id < 0) {
+        llama_memory_clear(llama_get_memory(draft->context), true);
+    } else {
+        llama_memory_seq_rm(llama_get_memory(draft->context), seq_id, -1, -1);
+    }
 }

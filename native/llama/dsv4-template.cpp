@@ -127,6 +127,14 @@ bool dsv4_is_task(const std::string & name) {
     return std::find(TASKS.begin(), TASKS.end(), name) != TASKS.end();
 }
 
+std::vector<std::string> dsv4_added_tokens() {
+    std::vector<std::string> tokens = { "<｜latest_reminder｜>" };
+    for (const char * task : TASKS) {
+        tokens.push_back(std::string("<｜") + task + "｜>");
+    }
+    return tokens;
+}
+
 bool dsv4_is_v4_template(const std::string & text) {
     return text.find("dsml_token") != std::string::npos;
 }

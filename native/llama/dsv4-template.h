@@ -6,6 +6,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 // Pseudo-messages that an extended template understands, by role.
 extern const char * const DSV4_ROLE_TURN_END; // the next user message begins a turn of its own
@@ -21,3 +22,6 @@ bool dsv4_is_extended_template(const std::string & text);
 std::string dsv4_extend_template(const std::string & text);
 
 bool dsv4_is_task(const std::string & name); // action, query, authority, domain, title, read_url
+
+// The named tokens that these roles and tasks put into a prompt.
+std::vector<std::string> dsv4_added_tokens();

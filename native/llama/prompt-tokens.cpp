@@ -30,6 +30,11 @@ const dsv4_prompt_tokenizer::named_token * dsv4_prompt_tokenizer::match(
     return nullptr;
 }
 
+bool dsv4_prompt_tokenizer::has(const std::string & text) const {
+    const auto * token = match(text, 0, text.size());
+    return token && token->first == text;
+}
+
 std::vector<llama_token> dsv4_prompt_tokenizer::tokenize(const std::vector<dsv4_prompt_part> & parts) const {
     std::string text;
     std::vector<std::pair<size_t, size_t>> spans; // [begin, end) of the template's text

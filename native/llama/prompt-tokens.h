@@ -29,6 +29,9 @@ class dsv4_prompt_tokenizer {
     // throws what the vocabulary throws on text that is not UTF-8
     std::vector<llama_token> tokenize(const std::vector<dsv4_prompt_part> & parts) const;
 
+    // Whether the vocabulary has a named token with exactly this text.
+    bool has(const std::string & text) const;
+
   private:
     using named_token = std::pair<std::string, llama_token>;
 

@@ -21,6 +21,14 @@ void dsv4_server_chat_inputs(const common_json & body, common_chat_templates_inp
             throw std::invalid_argument(std::string("'chat_template_kwargs' may not set '") + name + "'");
         }
     }
+    size_t i = 0;
+    for (const auto & message : body.at("messages")) {
+        if (message.is_object() && message.contains("task")) {
+            throw std::invalid_argument("messages[" + std::to_string(i) + "].task: the server has no quick tasks; "
+                                        "Llama.create_chat_completion has");
+        }
+        i++;
+    }
     if (!inputs.tools.empty()) {
         // upstream's own tool type keeps three members and their order; the prompt shows the schema as given
         inputs.chat_template_kwargs["tools"] = body.at("tools").dump();

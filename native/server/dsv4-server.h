@@ -16,7 +16,7 @@ struct common_chat_templates_inputs;
 void dsv4_server_check_body(const std::string & body);
 
 // Before the template is applied: tools are shown to the model as the client sent them, and the client cannot replace
-// what the template gets from the request or the vocabulary. Throws std::invalid_argument.
+// what the template gets from the request or the vocabulary, nor ask for quick tasks. Throws std::invalid_argument.
 void dsv4_server_chat_inputs(const common_json & body, common_chat_templates_inputs & inputs);
 
 // After it: the parts of the prompt as JSON, which travel with the request to the next function.

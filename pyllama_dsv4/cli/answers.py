@@ -15,7 +15,7 @@ from .help import option
 if TYPE_CHECKING:
     from pyllama_dsv4.grammar import Grammar
 
-__all__ = ["AnswerOptions", "answer_options"]
+__all__ = ["SPEED", "AnswerOptions", "answer_options", "draft_options"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -51,18 +51,28 @@ def answer_options(function: F) -> F:
             "--prefix-cache", "prefix_cache", type=path, metavar="FOLDER", section=SPEED,
             help="Keep evaluated prompts there, for later runs too.",
         ),
-        option(
-            "-md", "--model-draft", "draft_model", type=path, metavar="FILE", section=SPEED,
-            help="Draft model of convert --draft: several tokens at once, and the same text.",
-        ),
-        option(
-            "--draft-max", "n_draft", type=click.IntRange(1, 16), metavar="N", default=3, section=SPEED,
-            help="Tokens that the draft model proposes at most.",
-        ),
     )  # fmt: skip
+    function = draft_options(SPEED)(function)
     for add in reversed(options):
         function = add(function)
     return function
+
+
+def draft_options(section: str, *, has_env: bool = True) -> Callable[[F], F]:
+    """Return a decorator that adds the options of a draft model: `draft_model` and `n_draft`."""
+
+    def add(function: F) -> F:
+        model = option(
+            "-md", "--model-draft", "draft_model", type=click.Path(path_type=Path), metavar="FILE", section=section,
+            has_env=has_env, help="Draft model of convert --draft: several tokens at once, and the same text.",
+        )  # fmt: skip
+        n_max = option(
+            "--draft-max", "n_draft", type=click.IntRange(1, 16), metavar="N", default=3, section=section,
+            has_env=has_env, help="Tokens that the draft model proposes at most.",
+        )  # fmt: skip
+        return model(n_max(function))
+
+    return add
 
 
 @dataclass(frozen=True)

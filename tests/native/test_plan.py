@@ -7,12 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from draft_pair import KINDS, random_pair
 from gguf_writer import FLASH, PRO, native_v4
 
-from pyllama_dsv4 import Llama, errors
+from pyllama_dsv4 import Llama, errors, synth
 from pyllama_dsv4 import context as contexts
 from pyllama_dsv4._native import drain_log, encode_path, ffi, lib
+from pyllama_dsv4.checkpoint import Checkpoint
 from pyllama_dsv4.context import CACHE_TYPES, FLASH_ATTN
+from pyllama_dsv4.convert.draft import make_draft_plan
+from pyllama_dsv4.convert.output import OutputFile
+from pyllama_dsv4.convert.plan import make_plan
+from pyllama_dsv4.convert.writer import header_bytes
 from pyllama_dsv4.plan import plan_file
 
 TOLERANCE = 0.05
@@ -23,9 +29,10 @@ LEVELS: dict[str, Any] = getattr(contexts, "ACT_QUANT_LEVELS", {"none": None})
 class Reservation:
     """A model of which only the header is read: the engine says what it would allocate."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, is_draft: bool = False) -> None:
         params = lib.llama_model_default_params()
         params.no_alloc = True
+        params.load_mtp = is_draft
         params.load_mode = lib.LLAMA_LOAD_MODE_NONE
         params.n_gpu_layers = 0
         params.use_extra_bufts = False
@@ -43,8 +50,10 @@ class Reservation:
         n_seq: int = 1,
         is_unified: bool = False,
         flash_attn: str = "auto",
+        n_copies: int = 0,
+        draft: Reservation | None = None,
     ) -> tuple[int, int, int]:
-        """Return bytes of weights, caches and compute buffer."""
+        """Return bytes of weights, caches and compute buffer; with `draft`, those of its context beside this one's."""
         params = lib.llama_context_default_params()
         params.n_ctx = n_ctx * n_seq
         params.n_batch = params.n_ubatch = min(n_ubatch, n_ctx)
@@ -55,11 +64,21 @@ class Reservation:
         params.swa_full = False
         if LEVELS[act_quant] is not None:
             params.act_quant = LEVELS[act_quant]
-        context = lib.pyl_context_init(self._model, params, ffi.NULL)
+        params.n_rs_seq = n_copies
+        context = own = lib.pyl_context_init(self._model, params, ffi.NULL)
         assert context != ffi.NULL, drain_log()
+        if draft is not None:
+            params.n_rs_seq = 0
+            params.ctx_other = context
+            if "mtp" in draft.path.name:
+                params.ctx_type = lib.LLAMA_CONTEXT_TYPE_MTP
+            context = lib.pyl_context_init(draft._model, params, ffi.NULL)
+            assert context != ffi.NULL, drain_log()
         entries = ffi.new("struct pyl_memory[4]")
         n = lib.pyl_memory_breakdown(context, entries, 4)
         lib.llama_free(context)
+        if draft is not None:
+            lib.llama_free(own)
         assert n == 1
         assert entries[0].is_host
         return entries[0].weights, entries[0].cache, entries[0].compute
@@ -149,6 +168,94 @@ def test_attention_in_steps(
         _, cache, compute = reserved.memory(**options)
         host = plan_file(reserved.path, **options).host
         assert (host.cache, host.compute) == pytest.approx((cache, compute), rel=TOLERANCE), options
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def drafting(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, tuple[Reservation, Reservation]]]:
+    """Models with their draft models, of which only the headers are there: a tiny pair and Flash's."""
+    pairs = {}
+    for name, config in (("tiny", synth.tiny_config(vocab_size=512)), ("flash", synth.flash_config())):
+        folder = tmp_path_factory.mktemp(f"{name}-{request.param}")
+        synth.write_checkpoint(
+            folder / "c", config, seed=0, is_sparse=True, draft=request.param, tokenizer="bytes"
+        )
+        paths = []
+        with Checkpoint(folder / "c") as checkpoint:
+            plans = {"model": make_plan(checkpoint), request.param: make_draft_plan(checkpoint)}
+        for kind, plan in plans.items():
+            with OutputFile(folder / f"{kind}.gguf", header_bytes(plan.metadata, plan.infos)) as out:
+                out.skip(plan.n_bytes - plan.n_bytes_header)
+                out.commit()
+                paths.append(out.path)
+        pairs[name] = (Reservation(paths[0]), Reservation(paths[1], is_draft=True))
+    yield pairs
+    for pair in pairs.values():
+        for reserved in pair:
+            reserved.close()
+
+
+@pytest.mark.parametrize("size", ["tiny", "flash"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"n_ctx": 512},
+        {"n_ctx": 8192},
+        {"n_ctx": 131072, "cache_type": "q8_0"},
+        {"n_ctx": 8192, "cache_type": "f32", "n_ubatch": 64},
+        {"n_ctx": 8192, "n_seq": 4},
+        {"n_ctx": 8192, "act_quant": "full"},
+        {"n_ctx": 8192, "flash_attn": "off"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_a_draft_model_is_counted(
+    drafting: dict[str, tuple[Reservation, Reservation]], size: str, options: dict[str, Any]
+) -> None:
+    """Its file, window and graph, and the copies of the model's states that let tokens be dropped."""
+    model, draft = drafting[size]
+    plan = plan_file(model.path, draft=draft.path, n_draft=3, **{"act_quant": "none", **options})
+    assert plan.draft is not None
+    _, cache, _ = model.memory(n_copies=3, **options)
+    assert plan.host.cache == pytest.approx(cache, rel=TOLERANCE)
+    weights, cache, compute = model.memory(n_copies=3, draft=draft, **options)
+    # what a load reads of the file: of MTP not the last norm, which is the model's
+    assert plan.draft.weights == pytest.approx(weights, rel=TOLERANCE)
+    assert plan.draft.cache == cache
+    if "mtp" in draft.path.name:
+        assert plan.draft.compute == compute
+    else:
+        assert compute <= plan.draft.compute <= 1.25 * compute
+    plain = plan_file(model.path, **{"act_quant": "none", **options})
+    assert plan.needs - plain.needs == plan.draft.total + plan.host.cache - plain.host.cache
+    assert plan.resident - plain.resident == plan.needs - plain.needs - plan.draft.weights
+
+
+def test_an_open_pair_takes_what_was_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, draft = random_pair(tmp_path, "mtp")
+    options: Any = {"n_ctx": 4096, "n_threads": 1, "warmup": False, "draft_model": draft, "n_draft": 5}
+    with Llama(model, **options) as llm:
+        entries = ffi.new("struct pyl_memory[4]")
+        assert llm._draft is not None
+        assert llm.plan.draft is not None
+        for context, place in (
+            (llm._context, llm.plan.host),
+            (llm._draft._context, llm.plan.draft),
+        ):
+            n = lib.pyl_memory_breakdown(context.pointer, entries, 4)
+            for part in ("weights", "cache", "compute"):
+                measured = sum(getattr(entries[i], part) for i in range(n))
+                assert getattr(place, part) == pytest.approx(measured, rel=TOLERANCE)
+        resident = llm.plan.resident
+    with Llama(model, **{**options, "draft_model": None}) as llm:
+        assert llm.plan.resident < resident
+        room = (llm.plan.resident + resident) // 2
+    monkeypatch.setattr("pyllama_dsv4.plan.available_bytes", lambda: room)
+    with Llama(model, **{**options, "draft_model": None}):
+        pass
+    with pytest.raises(errors.MemoryLimitError, match="KV cache of 4096 tokens"):
+        Llama(model, **options)
 
 
 def test_an_open_model_takes_what_was_planned(tiny_model: Path) -> None:

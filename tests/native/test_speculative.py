@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
+from draft_pair import KINDS, N_CYCLE, counting_pair, random_pair
 
-from pyllama_dsv4 import Llama, errors, synth
+from pyllama_dsv4 import Llama, batch, errors, synth
+from pyllama_dsv4.context import Context
 from pyllama_dsv4.convert import convert
-from pyllama_dsv4.generate import Request
-from pyllama_dsv4.header import read_header
+from pyllama_dsv4.generate import Request, TextSteps
 
-KINDS: tuple[Literal["mtp", "dspark"], ...] = ("mtp", "dspark")
-N_CYCLE = 40
 IDS = [int(i) for i in np.random.default_rng(0).integers(3, 250, 150)]
 # rounding that depends on the batch could choose another token where two are nearly equal
 EXACT: dict[str, Any] = {"n_threads": 1, "warmup": False, "cache_type": "f32", "flash_attn": "off"}
@@ -27,61 +24,13 @@ GREEDY: Any = {"temperature": 0}
 @pytest.fixture(scope="module", params=KINDS)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A random model and its draft model."""
-    folder = tmp_path_factory.mktemp(request.param)
-    config = synth.tiny_config(vocab_size=512)
-    synth.write_checkpoint(folder / "checkpoint", config, seed=3, tokenizer="bytes", draft=request.param)
-    convert(folder / "checkpoint", folder / "model.gguf")
-    convert(folder / "checkpoint", folder / f"{request.param}.gguf", draft=True)
-    return folder / "model.gguf", folder / f"{request.param}.gguf"
+    return random_pair(tmp_path_factory.mktemp(request.param), request.param)
 
 
 @pytest.fixture(scope="module")
 def scripted(pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The pair, both made to count: token i is followed by i + 1, and N_CYCLE - 1 by 0."""
-    folder = tmp_path_factory.mktemp("scripted")
-    model, draft = (Path(shutil.copyfile(path, folder / path.name)) for path in pair)
-    embeddings = np.zeros((512, 256), np.float32)
-    head = np.zeros((512, 256), np.float32)
-    for i in range(N_CYCLE):
-        embeddings[i, i] = 1e4  # no layer changes such a direction
-        head[(i + 1) % N_CYCLE, i] = 5
-    set_bf16(model, "token_embd.weight", embeddings)
-    set_bf16(model, "output.weight", head)
-    if draft.name.startswith("mtp"):
-        set_bf16(draft, "token_embd.weight", embeddings)
-        set_bf16(draft, "output.weight", head)
-        set_eh_proj(draft)
-    else:
-        first, second = (np.zeros((512, 256), np.float32) for _ in range(2))
-        for i in range(N_CYCLE):  # the Markov head's bias: what follows the token before
-            first[i, i] = second[(i + 1) % N_CYCLE, i] = 1e3
-        set_bf16(draft, "markov_w1.weight", first)
-        set_bf16(draft, "markov_w2.weight", second)
-    return model, draft
-
-
-def set_bytes(path: Path, name: str, data: bytes) -> None:
-    (info,) = (t for t in read_header(path).tensors if t.name == name)
-    assert info.n_bytes == len(data)
-    with path.open("r+b") as stream:
-        stream.seek(info.start)
-        stream.write(data)
-
-
-def set_bf16(path: Path, name: str, values: npt.NDArray[np.float32]) -> None:
-    set_bytes(path, name, (values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
-
-
-def set_eh_proj(path: Path) -> None:
-    """Make the prediction block begin with the token's embedding, and nothing of the hidden state."""
-    (info,) = (t for t in read_header(path).tensors if t.name.endswith("nextn.eh_proj.weight"))
-    n_in, n_out = info.dims
-    blocks = np.zeros((n_out, n_in // 128, 129), np.uint8)  # a scale and 128 codes
-    blocks[:, :, 0] = 127
-    for row in range(n_out):
-        blocks[row, row // 128, 0] = 127 + 12
-        blocks[row, row // 128, 1 + row % 128] = 0x38  # 1.0
-    set_bytes(path, info.name, blocks.tobytes())
+    """The pair, both made to count."""
+    return counting_pair(pair, tmp_path_factory.mktemp("scripted"))
 
 
 def opened(model: Path, draft: Path | None = None, **options: Any) -> Llama:
@@ -157,6 +106,87 @@ def test_the_context_fills_to_its_last_token(scripted: tuple[Path, Path]) -> Non
     with opened(*scripted, n_ctx=64) as llm:
         assert tokens(llm, [0, 1, 2], None) == expected
         assert llm.n_tokens == 64
+
+
+# --- batches ---
+
+
+def batch_tokens(llm: Llama, prompts: list[list[int]], n: int, n_parallel: int, **sampling: Any) -> Any:
+    """Return the ids of a batch, in the order of the prompts, and the number of evaluations."""
+    seen: list[list[int]] = [[] for _ in prompts]
+    made: list[list[int]] = []
+
+    class Recorder(TextSteps):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.ids: list[int] = seen[len(made)]
+            made.append(self.ids)
+
+        def feed(self, token: int) -> str | None:
+            self.ids.append(token)
+            return super().feed(token)
+
+    calls: list[int] = []
+    decode_mixed = Context.decode_mixed
+
+    def counted(self: Context, steps: Any, **options: Any) -> Any:
+        calls.append(len(steps))
+        return decode_mixed(self, steps, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch, "TextSteps", Recorder)
+        patch.setattr(Context, "decode_mixed", counted)
+        llm.generate_batch(prompts, max_tokens=n, n_parallel=n_parallel, **{**GREEDY, **sampling})
+    return seen, len(calls)
+
+
+@pytest.mark.parametrize("n_parallel", [1, 3, 8])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 7}])
+def test_rejected_proposals_change_nothing_in_a_batch(
+    pair: tuple[Path, Path], n_parallel: int, sampling: Any
+) -> None:
+    """Sequences of different lengths, more of them than are evaluated at once."""
+    prompts = [IDS[i * 9 : i * 9 + 3 + 23 * (i % 4)] for i in range(7)]
+    with opened(pair[0]) as llm:
+        expected, _ = batch_tokens(llm, prompts, 24, n_parallel, **sampling)
+        assert expected[0] == tokens(llm, prompts[0], 24, **sampling)
+        assert llm.stats.n_tokens_drafted == 0
+    with opened(*pair) as llm:
+        assert tokens(llm, IDS[:20], 4)
+        held = llm.n_tokens
+        assert batch_tokens(llm, prompts, 24, n_parallel, **sampling)[0] == expected
+        assert llm.stats.n_tokens_generated == 24 * len(prompts)
+        assert llm.stats.n_tokens_drafted > 24 * len(prompts)
+        assert (llm.stats.acceptance_rate or 0) < 0.2  # random weights
+        assert llm.n_tokens == held
+        assert tokens(llm, IDS[:20], 4) == tokens(llm, IDS[:20], 4)
+
+
+@pytest.mark.parametrize("n_parallel", [2, 5])
+def test_right_proposals_are_taken_in_a_batch(scripted: tuple[Path, Path], n_parallel: int) -> None:
+    prompts = [[(i + j) % N_CYCLE for j in range(3 + i)] for i in range(5)]
+    expected = [[(i + len(p) + j) % N_CYCLE for j in range(40)] for i, p in enumerate(prompts)]
+    with opened(scripted[0]) as llm:
+        got, n_plain = batch_tokens(llm, prompts, 40, n_parallel)
+        assert got == expected
+    with opened(*scripted, n_draft=3) as llm:
+        got, n_calls = batch_tokens(llm, prompts, 40, n_parallel)
+        assert got == expected
+        assert llm.stats.acceptance_rate == 1.0
+        assert n_calls < n_plain / 3
+        # proposals that are right for some tokens and wrong for others
+        bias = {7: 1e9}
+        mixed, _ = batch_tokens(
+            llm, prompts, 40, n_parallel, logit_bias=bias, presence_penalty=2e9, repeat_last_n=5
+        )
+        assert 0 < (llm.stats.acceptance_rate or 0) < 1
+    with opened(scripted[0]) as llm:
+        assert (
+            batch_tokens(
+                llm, prompts, 40, n_parallel, logit_bias=bias, presence_penalty=2e9, repeat_last_n=5
+            )[0]
+            == mixed
+        )
 
 
 # --- the cache holds what was chosen, and nothing else ---
