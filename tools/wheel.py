@@ -77,13 +77,14 @@ def find_python(name: str) -> Python:
         SystemExit: there is none, or the package does not run on it.
     """
     pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv") / "versions"
-    candidates = [
-        Path(name) if os.sep in name else None,
-        Path(found) if (found := shutil.which(f"python{name}")) else None,
-        *sorted(pyenv.glob(f"{name}*/bin/python{name}")),
-    ]
+    if os.sep in name:
+        candidates = [Path(name)]
+    else:
+        found = shutil.which(f"python{name}")
+        candidates = [Path(found)] if found else []
+        candidates += sorted(pyenv.glob(f"{name}*/bin/python{name}"))
     for path in candidates:
-        if path is None or not path.is_file():
+        if not path.is_file():
             continue
         result = run([str(path), "-c", _WHO])  # a shim of pyenv's may be on the PATH and not work
         if result.returncode != 0:

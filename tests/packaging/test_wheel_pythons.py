@@ -46,5 +46,5 @@ def test_others_are_refused(machine: Path, answer: str, part: str) -> None:
 
 
 def test_what_is_not_there_says_how_to_name_it(machine: Path) -> None:
-    with pytest.raises(SystemExit, match="no Python '3.96'.*PYTHONS="):
+    with pytest.raises(SystemExit, match=r"no Python '3\.96'.*PYTHONS="):
         tool.find_python("3.96")
