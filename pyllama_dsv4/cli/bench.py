@@ -11,7 +11,7 @@ import click
 
 from .common import CACHE_TYPES, LayerCount
 from .help import Command, option
-from .terminal import Ui, clean
+from .terminal import Ui, clean, folded_row
 
 if TYPE_CHECKING:
     from pyllama_dsv4.bench import Bench
@@ -116,7 +116,14 @@ def bench(file: Path | None, is_json: bool, plot: Path | None, **options: Any) -
     result = run(demo_model() if file is None else file, on_progress=progress, **options)
     if plot is not None:
         _draw(result, plot)
-    click.echo(json.dumps(result.as_dict(), indent=2) if is_json else "\n".join(lines(result)))
+    if is_json:
+        click.echo(json.dumps(result.as_dict(), indent=2))
+    else:
+        click.echo(
+            "\n".join(
+                folded_row("", text, sys.stdout) if "  " not in text else text for text in lines(result)
+            )
+        )
 
 
 def lines(result: Bench) -> list[str]:
@@ -130,16 +137,17 @@ def lines(result: Bench) -> list[str]:
         f"{(result.peak_bytes or 0) / 1e9:.2f} GB at most, mapped pages included; memory reads at "
         f"{result.bandwidth / 1e9:.1f} GB/s",
         "",
-        f"{'work':<9}{'tokens':>7}{'depth':>8}{'threads':>9}{'tokens/s':>11}{'from':>9}{'to':>9}{'bound':>9}{'share':>7}"
-        f"{'GB/token':>10}{'GB/s':>7}",
+        # 80 columns
+        f"{'work':<7}{'tokens':>7}{'depth':>7}{'threads':>8}{'tokens/s':>9}{'from':>8}{'to':>8}{'bound':>8}{'share':>6}"
+        f"{'GB/tok':>7}{'GB/s':>5}",
     ]
     for m in result.measurements:
         row = (
-            f"{m.kind:<9}{m.n_tokens:>7}{m.depth:>8}{m.n_threads:>9}{m.median:>11.2f}{min(m.rates):>9.2f}"
-            f"{max(m.rates):>9.2f}"
+            f"{m.kind:<7}{m.n_tokens:>7}{m.depth:>7}{m.n_threads:>8}{m.median:>9.2f}{min(m.rates):>8.2f}"
+            f"{max(m.rates):>8.2f}"
         )
         if m.token is not None and m.bound is not None and m.share is not None and m.bytes_per_s is not None:
-            row += f"{m.bound:>9.2f}{m.share:>7.0%}{m.token.total / 1e9:>10.3f}{m.bytes_per_s / 1e9:>7.1f}"
+            row += f"{m.bound:>8.2f}{m.share:>6.0%}{m.token.total / 1e9:>7.3f}{m.bytes_per_s / 1e9:>5.1f}"
         out.append(row)
     decode = [m.token for m in result.measurements if m.token is not None]
     if decode:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import click
 
 from .help import option
-from .terminal import ANIMATE_AFTER_S, Ui, clean
+from .terminal import ANIMATE_AFTER_S, Ui, clean, stop_bar
 
 if TYPE_CHECKING:
     from pyllama_dsv4.llama import Llama, Stats
@@ -352,7 +352,7 @@ class _LoadProgress:
             )
             bar = rich.Progress(*columns, console=self._ui.console(), transient=True)
             task = bar.add_task(self._text, total=1.0)
-            self.stop = bar.stop  # first: an interrupt may come in the middle of the start
+            self.stop = lambda: stop_bar(bar)  # first: an interrupt may come in the middle of the start
             bar.start()
             self._update = lambda done: bar.update(task, completed=done)
         if self._update is not None:

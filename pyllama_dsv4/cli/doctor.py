@@ -11,7 +11,7 @@ import click
 
 from .exit_codes import ExitCode, exit_code
 from .help import Command, option
-from .terminal import clean, use_color
+from .terminal import clean, folded_row, use_color
 
 if TYPE_CHECKING:
     from pyllama_dsv4.doctor import Finding
@@ -63,6 +63,9 @@ def doctor(file: Path | None, as_json: bool, quiet: bool) -> int:
 
 def _line(finding: Finding, is_color: bool) -> str:
     mark, color = _MARKS[finding.status]
-    mark = f"{color}{mark}\x1b[0m" if is_color else mark
-    text = f"{mark}  {finding.name:<13}{clean(finding.text)}"
-    return f"{text}\n    {'':<13}-> {clean(finding.fix)}" if finding.fix else text
+    shown = f"{color}{mark}\x1b[0m" if is_color else mark
+    width = len(mark) + 15
+    text = folded_row(f"{shown}  {finding.name:<13}", clean(finding.text), sys.stdout, indent=width)
+    if not finding.fix:
+        return text
+    return text + "\n" + folded_row(f"{'':{width}}-> ", clean(finding.fix), sys.stdout)

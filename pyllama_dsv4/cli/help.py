@@ -140,7 +140,7 @@ class Command(click.Command):
         self.format_usage(ctx, formatter)
         formatter.write_paragraph()
         with formatter.indentation():
-            formatter.write_text(self.get_short_help_str(MAX_WIDTH))
+            formatter.write_text(self.get_short_help_str(1000))  # the first sentence, not cut short
         records = [r for group in self._sections(ctx, is_brief=True).values() for r in group]
         with formatter.section("Most used options"):
             formatter.write_dl(records)

@@ -12,35 +12,43 @@ import click
 
 from pyllama_dsv4.inspect import inspect_file
 
+from .help import Command, option
+
 __all__ = ["inspect"]
 
+OUTPUT: Final = "Output"
 ALL_TENSORS: Final = "*"
 N_DERIVED_ITEMS: Final = 8
 """Entries of a derived list that are shown before it is cut."""
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    examples=(
+        "pyllama-dsv4 inspect flash.gguf",
+        "pyllama-dsv4 inspect flash.gguf --json",
+        "pyllama-dsv4 inspect flash.gguf --tensors blk.0.",
+        "pyllama-dsv4 inspect flash.gguf --tensors '*.attn_q_?.weight'",
+        "pyllama-dsv4 inspect flash.gguf --histogram output.weight --plot out.png",
+    ),
+)
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
-@click.option(
-    "--tensors",
-    is_flag=False,
-    flag_value=ALL_TENSORS,
-    metavar="[PATTERN]",
-    help="List tensors: all, those whose name contains PATTERN, or matches it if it has * ? or [].",
-)
-@click.option(
-    "--histogram",
-    "histogram_of",
-    metavar="TENSOR",
+@option(
+    "--json", "as_json", is_flag=True, section=OUTPUT, is_brief=True, has_env=False,
+    help="Print one JSON object instead of tables.",
+)  # fmt: skip
+@option(
+    "--tensors", is_flag=False, flag_value=ALL_TENSORS, metavar="[PATTERN]", section=OUTPUT, is_brief=True,
+    has_env=False, help="List tensors: all, those whose name contains PATTERN, or matches it if it has * ? or [].",
+)  # fmt: skip
+@option(
+    "--histogram", "histogram_of", metavar="TENSOR", section=OUTPUT, is_brief=True, has_env=False,
     help="Count scales and codes of one tensor; reads its data.",
-)
-@click.option(
-    "--plot",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="NAME.png",
-    help="Draw the histogram into a picture; needs matplotlib.",
-)
+)  # fmt: skip
+@option(
+    "--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="NAME.png", section=OUTPUT,
+    has_env=False, help="Draw the histogram into a picture; needs matplotlib.",
+)  # fmt: skip
 def inspect(
     file: Path, as_json: bool, tensors: str | None, histogram_of: str | None, plot: Path | None
 ) -> None:
@@ -49,14 +57,6 @@ def inspect(
     FILE is a GGUF file, or the first shard of a split model. Its header is checked as before a load: what a load
     would refuse ends in a message that names the tensor or key, and exit code 3. Known forms of DeepSeek-V4
     that this package does not run are described all the same. Tensor data is read for --histogram only.
-
-    \b
-    Examples:
-      pyllama-dsv4 inspect flash.gguf
-      pyllama-dsv4 inspect flash.gguf --json
-      pyllama-dsv4 inspect flash.gguf --tensors blk.0.
-      pyllama-dsv4 inspect flash.gguf --tensors '*.attn_q_?.weight'
-      pyllama-dsv4 inspect flash.gguf --histogram output.weight --plot out.png
     """
     if histogram_of is not None:
         _show_histogram(file, histogram_of, plot, as_json=as_json)
@@ -92,6 +92,19 @@ class _Table(NamedTuple):
     title: str
     columns: tuple[str, ...]  # a leading '>' right-aligns; all empty: no heading
     rows: Sequence[tuple[str, ...]]
+
+    def narrowed(self, width: int) -> _Table:
+        """Return the table without columns that its width of `width` has no room for."""
+        left_out = [i for i, column in enumerate(self.columns) if column in _LEFT_OUT]
+        if not left_out or sum(max(map(len, cells)) + 2 for cells in zip(*self.rows, strict=True)) <= width:
+            return self
+        kept = [i for i in range(len(self.columns)) if i not in left_out]
+        rows = [tuple(row[i] for i in kept) for row in self.rows]
+        return _Table(self.title, tuple(self.columns[i] for i in kept), rows)
+
+
+_LEFT_OUT: Final = (">id", ">parameters")
+"""Headings of columns that a narrow terminal does without."""
 
 
 def _tables(info: dict[str, Any]) -> list[_Table]:
@@ -314,6 +327,7 @@ def _print_rich(tables: Sequence[_Table]) -> None:
     for i, table in enumerate(tables):
         if i > 0:
             console.print()
+        table = table.narrowed(console.width)
         has_heading = any(table.columns)
         grid = Table(
             title=Text(_printable(table.title), style="bold"),

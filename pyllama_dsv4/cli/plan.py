@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,7 +16,7 @@ from .answers import draft_options
 from .common import LayerCount
 from .exit_codes import ExitCode
 from .help import Command, option
-from .terminal import clean
+from .terminal import clean, folded_row
 
 __all__ = ["plan"]
 
@@ -151,14 +152,14 @@ def _text(result: Plan, report: HeaderReport, options: dict[str, Any], *, is_mea
     parts += [
         _table("One token reads", _token(result)),
         _table("Speed", _speed(result, is_measured)),
-        _table("Contexts", _contexts(report, options)),
+        _table(f"Contexts, compute for {options['cache_type']}", _contexts(report, options)),
     ]
     return "\n\n".join(parts)
 
 
 def _place(place: Place, result: Plan) -> _Rows:
     is_mapped = result.is_mapped and place in (result.host, result.draft)
-    note = "mapped: in memory as far as there is room" if is_mapped else ""
+    note = "mapped; memory holds what it can" if is_mapped else ""
     has = "" if place.available is None else f"of {_size(place.available)}"
     return [
         ("weights", _size(place.weights), note),
@@ -203,7 +204,7 @@ def _speed(result: Plan, is_measured: bool) -> _Rows:
 def _contexts(report: HeaderReport, options: dict[str, Any]) -> _Rows:
     limit = report.header.metadata.get(f"{report.header.architecture}.context_length")
     lengths = [n for n in CONTEXTS if not isinstance(limit, int) or n <= limit] or [min(CONTEXTS)]
-    rows: _Rows = [("tokens", *(f"KV {name}" for name in CACHE_BYTES), f"compute, {options['cache_type']}")]
+    rows: _Rows = [("tokens", *(f"KV {name}" for name in CACHE_BYTES), "compute")]
     for n_ctx in lengths:
         plans = {
             name: plan_model(report, n_ctx=n_ctx, n_ubatch=options["n_ubatch"], cache_type=name)
@@ -220,9 +221,11 @@ def _table(title: str, rows: _Rows) -> str:
     for row in rows:
         first, *rest = row
         numbers = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
+        head = "  " + "  ".join((first.ljust(widths[0]), *numbers))
         if len(row) == 3:  # the last is a note
-            numbers[-1] = rest[-1]
-        lines.append("  " + "  ".join((first.ljust(widths[0]), *numbers)).rstrip())
+            note = rest[-1]
+            head = folded_row(head[: len(head) - len(numbers[-1])], note, sys.stdout)
+        lines.append(head.rstrip())
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import click
 
 from .help import option
-from .terminal import Ui, clean
+from .terminal import Ui, clean, stop_bar
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -95,16 +95,20 @@ def _bar(ui: Ui) -> Iterator[Report]:
         rich.TimeRemainingColumn(),
         rich.TextColumn("{task.description}", markup=False),
     )
-    with rich.Progress(*columns, console=ui.console()) as bar:
-        task: TaskID | None = None
+    bar = rich.Progress(*columns, console=ui.console())
+    task: TaskID | None = None
 
-        def report(n_done: int, n_total: int, what: str) -> None:
-            nonlocal task
-            if task is None:  # begins where an interrupted run stopped: what that did is not this one's speed
-                task = bar.add_task(clean(what), total=n_total, completed=n_done)
-            bar.update(task, completed=n_done, total=n_total, description=clean(what))
+    def report(n_done: int, n_total: int, what: str) -> None:
+        nonlocal task
+        if task is None:  # begins where an interrupted run stopped: what that did is not this one's speed
+            task = bar.add_task(clean(what), total=n_total, completed=n_done)
+        bar.update(task, completed=n_done, total=n_total, description=clean(what))
 
+    try:
+        bar.start()
         yield report
+    finally:
+        stop_bar(bar)
 
 
 class _Lines:

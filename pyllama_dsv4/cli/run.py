@@ -50,7 +50,7 @@ PROMPT: Final = "Prompt"
 @output_options
 @click.pass_context
 def run(ctx: click.Context, /, prompt: str | None, prompt_file: Path | None, **values: Any) -> None:
-    """Complete one prompt and exit; without FILE, with the demo model, which answers better in ``chat``.
+    """Complete one prompt and exit; without FILE, with the demo model, which answers better in chat.
 
     The prompt is continued as it is: no chat template, one beginning-of-sentence token in front. Text of special
     tokens in it counts as those tokens. Ctrl-C ends the completion.

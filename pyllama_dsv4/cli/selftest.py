@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import click
 
 from .exit_codes import ExitCode
 from .help import Command, option
-from .terminal import Ui, clean
+from .terminal import Ui, clean, folded_row
 
 if TYPE_CHECKING:
     from pyllama_dsv4.selftest import Check
@@ -52,7 +53,8 @@ def selftest(file: Path | None, n_threads: int, is_json: bool) -> int:
 
     def show(check: Check) -> None:
         if not is_json:
-            click.echo(line(check))
+            head, text = line(check)
+            click.echo(folded_row(head, text, sys.stdout))
 
     checks = run(file, n_threads=n_threads, on_check=show)
     n_failed = sum(not check.passed for check in checks)
@@ -76,8 +78,8 @@ def selftest(file: Path | None, n_threads: int, is_json: bool) -> int:
     return ExitCode.FAILED if n_failed else ExitCode.OK
 
 
-def line(check: Check) -> str:
-    """Return one check for people."""
+def line(check: Check) -> tuple[str, str]:
+    """Return one check for people: its verdict and name, and what was found."""
     verdict = "pass" if check.passed else "FAIL"
     if check.failures:
         facts = "; ".join(check.failures)
@@ -87,4 +89,4 @@ def line(check: Check) -> str:
             for name, value in check.numbers.items()
             if not name.endswith("_max")
         )
-    return f"{verdict}  {check.name:<15} {clean(facts)}  ({check.seconds:.1f} s)"
+    return f"{verdict}  {check.name:<15} ", f"{clean(facts)}  ({check.seconds:.1f} s)"

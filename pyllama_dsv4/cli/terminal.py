@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Final, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
 
-__all__ = ["AnswerWriter", "Ui", "clean", "use_color"]
+__all__ = ["AnswerWriter", "Ui", "clean", "folded_row", "stop_bar", "use_color"]
 
 ANIMATE_AFTER_S: Final = 0.5
 """Work that is done sooner shows no progress."""
@@ -57,6 +58,34 @@ def _folded(text: str, stream: TextIO) -> str:
         return text
     wrap = textwrap.TextWrapper(max(width, 20), break_long_words=False, break_on_hyphens=False)
     return "\n".join("\n".join(wrap.wrap(line)) for line in text.split("\n"))
+
+
+def folded_row(head: str, text: str, stream: TextIO, *, indent: int | None = None) -> str:
+    """Return a row of a term and its text; on a terminal the text is broken between words and stays in its column.
+
+    Args:
+        head: The term, padded to its column; may hold colours.
+        text: What is said of it.
+        stream: Where the row goes.
+        indent: Columns that `head` takes; by default its length.
+    """
+    indent = len(head) if indent is None else indent
+    try:
+        width = os.get_terminal_size(stream.fileno()).columns - indent
+    except OSError:  # not a terminal
+        return head + text
+    if width < 12:  # no room for a column: the terminal breaks it
+        return head + text
+    rows = textwrap.wrap(text, width, break_on_hyphens=False)
+    return head + f"\n{'':{indent}}".join(rows)
+
+
+def stop_bar(bar: Progress) -> None:
+    """Take rich's bar away, also one that Ctrl-C met in the middle of its start."""
+    try:
+        bar.stop()
+    except IndexError:  # rich undoes more than it had done
+        bar.console.show_cursor(True)
 
 
 class AnswerWriter:
@@ -196,7 +225,9 @@ class Waiting:
         self._stop_spinner()
         progress = rich.Progress(*columns, console=self._ui.console(), transient=True)
         task = progress.add_task(clean(self._text), total=None if self._fraction is None else 1.0)
-        self._stop_spinner = progress.stop  # first: an interrupt may come in the middle of the start
+        self._stop_spinner = lambda: stop_bar(
+            progress
+        )  # first: an interrupt may come in the middle of the start
         progress.start()
         self._update = None
         if self._fraction is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import resource
 import signal
 import stat
 import subprocess
@@ -453,6 +454,22 @@ def test_refusals(run: Run, model: Path, args: tuple[str, ...], code: int, messa
     assert done.returncode == code
     assert message in done.stderr.decode()
     assert b"Traceback" not in done.stderr
+
+
+def test_the_first_token_comes_within_two_seconds_of_the_command(run: Run, model: Path) -> None:
+    """On a warm cache. Processor time, on one thread: the wall clock of a busy machine says nothing."""
+
+    def cpu_s() -> float:
+        spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return spent.ru_utime + spent.ru_stime
+
+    times = []
+    for _ in range(3):
+        before = cpu_s()
+        done = run("chat", "-n", 1, "-t", 1, input=b"Hello\n")
+        assert done.returncode == 0, done.stderr
+        times.append(cpu_s() - before)
+    assert min(times) < 2.0, times
 
 
 def test_ctrl_c_during_the_load(model: Path, terminal: Start, tmp_path: Path) -> None:

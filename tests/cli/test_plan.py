@@ -27,7 +27,7 @@ def test_tables(run: Run, flash: Path) -> None:
     assert text.startswith(f"{flash}: fits\n")
     lines = [" ".join(line.split()) for line in text.splitlines()]
     for line in (
-        "weights 156.14 GB mapped: in memory as far as there is room",
+        "weights 156.14 GB mapped; memory holds what it can",
         "dense weights 6.85 GB",
         "routed experts 3.45 GB",
         "host memory 100.0 GB/s given",

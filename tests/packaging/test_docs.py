@@ -61,6 +61,22 @@ def test_links_to_other_files_of_the_repository_resolve() -> None:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+@pytest.mark.parametrize("start", ["README.md", "docs/index.md", "docs/quick-start.md"])
+def test_what_a_machine_with_64_gb_can_do_is_within_two_clicks(start: str) -> None:
+    """From the first pages, over links that a reader can click: the answer, with a speed."""
+    answer = re.compile(r"^\| 64 GiB \|.*tokens/s \|$", re.MULTILINE)
+    pages, n_clicks = {DOCS.parent / start}, 0
+    while not any(answer.search(page.read_text(encoding="utf-8")) for page in pages):
+        assert n_clicks < 2, f"not among {sorted(page.name for page in pages)}"
+        n_clicks += 1
+        pages = {
+            target
+            for page in pages
+            for link in re.findall(r"\]\(([^)#:]+\.md)", page.read_text(encoding="utf-8"))
+            if (target := (page.parent / link).resolve()).exists()
+        }
+
+
 def test_the_config_file_of_the_page_is_accepted(tmp_path: Path) -> None:
     (text,) = re.findall(
         r"```toml\n(.*?)```", (DOCS / "command-line.md").read_text(encoding="utf-8"), re.DOTALL
