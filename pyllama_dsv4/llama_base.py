@@ -201,7 +201,7 @@ class LlamaBase:
         self._report: HeaderReport = check_model(model_path)
         self.plan: Plan = plan_model(
             self._report,
-            **device_plan(devices, n_gpu_layers),
+            **device_plan(devices, n_gpu_layers, n_cpu_moe),
             n_ctx=n_ctx,
             n_batch=n_batch,
             n_ubatch=n_ubatch,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any, Final
 
 import click
 
-from .common import Options, load_options, model_argument, output_options
+from .common import Options, load_options, model_argument, model_or_demo, output_options
 from .exit_codes import ExitCode
 from .help import Command, option
 
@@ -41,6 +42,7 @@ class _Serve(Command):
     cls=_Serve,
     examples=(
         "pyllama-dsv4 serve flash.gguf",
+        "pyllama-dsv4 serve flash.gguf --sessions ~/sessions",
         "pyllama-dsv4 serve flash.gguf -c 65536 -np 2 -- --temp 0.6",
         "PYLLAMA_DSV4_API_KEY=... pyllama-dsv4 serve flash.gguf --host 0.0.0.0",
         "pyllama-dsv4 serve flash.gguf -- --help",
@@ -62,14 +64,30 @@ class _Serve(Command):
     "-np", "--parallel", "n_slots", type=click.IntRange(1, 256), metavar="N", default_text="4", section=SERVER,
     is_brief=True, help="Requests answered at the same time; they share the context.",
 )  # fmt: skip
+@option(
+    "--max-requests", "n_requests_max", type=click.IntRange(1, 1000), metavar="N", default=256, section=SERVER,
+    help="Requests that are answered or wait; further ones are told that the server is busy (503).",
+)  # fmt: skip
+@option(
+    "--sessions", type=click.Path(path_type=Path, file_okay=False), metavar="FOLDER", section=SERVER,
+    help="Let clients save and restore slots there: POST /slots/N?action=save. Off unless given.",
+)  # fmt: skip
 @model_argument
 @load_options
 @output_options
 @click.pass_context
 def serve(
-    ctx: click.Context, /, host: str, port: int, api_key: str | None, n_slots: int | None, **values: Any
+    ctx: click.Context,
+    /,
+    host: str,
+    port: int,
+    api_key: str | None,
+    n_slots: int | None,
+    n_requests_max: int,
+    sessions: Path | None,
+    **values: Any,
 ) -> int:
-    """Serve a model to OpenAI and Anthropic clients over HTTP.
+    """Serve a model to OpenAI and Anthropic clients over HTTP; without FILE, the demo model.
 
     POST /v1/chat/completions, /v1/completions, /v1/responses and /v1/messages, with streaming, tools and thinking;
     GET /health, /metrics, /slots, /v1/models. Pages of other origins may not read answers (CORS is off). ARGS are
@@ -80,17 +98,18 @@ def serve(
         if arg in _OURS:
             raise click.UsageError(f"{arg} is not the server's here: use {_OURS[arg]}.", ctx=ctx)
     options = Options.take(ctx, values)
-    if options.path is None:
-        raise click.UsageError("no model: give a GGUF file.", ctx=ctx)
+    path, _ = model_or_demo(options)
     from pyllama_dsv4.server import run_server
 
     sys.stdout.flush()
     sent = run_server(
-        options.path,
+        path,
         host=host,
         port=port,
         api_key=api_key,
         n_slots=n_slots,
+        n_requests_max=n_requests_max,
+        sessions=sessions,
         **options.load,
         log="quiet" if options.ui.is_quiet else "verbose" if options.is_verbose else "normal",
         use_color=options.ui.is_color,
