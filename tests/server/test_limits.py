@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 import urllib.parse
 import urllib.request
 from pathlib import Path
@@ -14,15 +15,15 @@ from server_process import Server, Start
 
 CHAT = "/v1/chat/completions"
 HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
+BODY_BYTES_MAX = 100 << 20  # the HTTP library's
 LONG = {**HELLO, "max_tokens": 3000, "stream": True, "ignore_eos": True}
 
 
 def raw(server: Server, data: bytes) -> tuple[int, str, bytes]:
-    """Send bytes; return status, headers and body of the answer."""
+    """Send bytes; return status, headers and body of the answer, after which the server ends the connection."""
     place = urllib.parse.urlsplit(server.url)
     with socket.create_connection((place.hostname, place.port or 0), 30) as connection:
         connection.sendall(data)
-        connection.shutdown(socket.SHUT_WR)
         answer = b""
         while piece := connection.recv(65536):
             answer += piece
@@ -31,9 +32,10 @@ def raw(server: Server, data: bytes) -> tuple[int, str, bytes]:
 
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/messages"])
-def test_a_body_that_is_too_long_is_refused_unread(server: Server, path: str) -> None:
-    head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {1 << 40}\r\n\r\n"
-    status, headers, body = raw(server, head.encode() + b"{")
+def test_a_body_that_is_too_long_is_refused(server: Server, path: str) -> None:
+    n = BODY_BYTES_MAX + 1
+    head = f"POST {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: {n}\r\n\r\n"
+    status, headers, body = raw(server, head.encode() + bytes(n))
     assert (status, "application/json" in headers) == (413, True)
     error = json.loads(body)
     if path == CHAT:
@@ -56,14 +58,13 @@ def test_one_request_too_many_is_told_so(start: Start, model: Path) -> None:
     for _ in range(2):  # one is answered, one waits
         place = urllib.parse.urlsplit(server.url)
         connection = socket.create_connection((place.hostname, place.port or 0), 30)
-        head = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Length: {len(data)}\r\n\r\n"
         connection.sendall(head.encode() + data)
         streams.append(connection)
     assert streams[0].recv(10)
-    for _ in range(200):
-        status, answer = server.post(CHAT, HELLO)
-        if status != 200:
-            break
+    while "llamacpp:requests_deferred 1" not in server.get("/metrics")[1]:
+        time.sleep(0.05)
+    status, answer = server.post(CHAT, HELLO)
     assert (status, answer["error"]["type"]) == (503, "unavailable_error")
     assert "2 requests" in answer["error"]["message"]
     status, answer = server.post("/v1/messages", HELLO)
@@ -83,6 +84,7 @@ def test_as_many_as_there_may_be_are_answered(start: Start, model: Path) -> None
     for _ in range(20):  # counted down after each, whatever became of it
         assert server.post(CHAT, HELLO)[0] == 200
         assert server.post(CHAT, {**HELLO, "messages": "x"})[0] == 400
+        assert server.post("/v1/messages", {})[0] == 400
         assert server.post("/completion", {"prompt": "a", "n_predict": 1})[0] == 200
 
 
@@ -117,7 +119,6 @@ def test_no_folder_and_no_key_is_in_any_answer(start: Start, model: Path, tmp_pa
     assert str(model.parent) not in text
     assert str(tmp_path) not in text
     assert key not in text
-    assert key[-4:] + "\n" not in server.log
 
 
 def test_there_are_no_web_pages(server: Server) -> None:

@@ -102,10 +102,9 @@ def test_calls_go_back_by_what_they_mean(start: Start, model: Path, tmp_path: Pa
     path = scripted_model(model, tmp_path / "m.gguf", call, after="</think>")
     server = start(path, "-c", 2048, *EXACT).wait()
     options = {"tools": [TOOL], "chat_template_kwargs": {"enable_thinking": False}}
-    message, _ = ask(server, False, max_tokens=200, **options)
+    message, n_prompt = ask(server, False, max_tokens=200, **options)
     [made] = message["tool_calls"]
     result = {"role": "tool", "tool_call_id": made["id"], "content": "done"}
-    n_prompt = usage(server, [ASKED], **options)[0]
     made["function"]["arguments"] = ' { "on" :true } '
     _, cached = usage(server, [ASKED, {**message, "content": ""}, result], **options)
     assert cached > n_prompt + 20  # the whole call
