@@ -32,7 +32,7 @@ from .model import Model, check_model
 from .options import keyword_names, refuse_unknown
 from .paging import PagingCounts, fits_in_memory, paging_counts
 from .placement import Placement
-from .plan import N_CTX_DEFAULT, Plan, plan_model
+from .plan import N_CTX_DEFAULT, Plan, TokenBytes, plan_model
 from .prefix_cache import BYTES_MAX, PrefixCache
 from .rpc import device_plan, rpc_devices
 from .sampler import SAMPLING_NAMES, Sampler, SamplingOptions, SamplingParams
@@ -391,6 +391,18 @@ class LlamaBase:
     @property
     def n_ctx(self) -> int:
         return self._context.n_ctx
+
+    @property
+    def token_bytes(self) -> TokenBytes:
+        """Bytes that evaluating one more token reads: weights, and the caches of the tokens evaluated so far."""
+        options = self._context_options
+        return plan_model(
+            self._report,
+            n_ctx=max(self.n_tokens, 1),
+            cache_type=options["cache_type"],
+            act_quant=options["act_quant"],
+            flash_attn=options["flash_attn"],
+        ).token
 
     @property
     def n_ctx_train(self) -> int:

@@ -72,6 +72,19 @@ int main() {
     CHECK(announced(&w[0], 3, DSV4_PAGING_AHEAD + 1, &missing) == MATRIX, "many experts: one matrix at a time");
     CHECK(announced(&w[2], 3, DSV4_PAGING_AHEAD + 1, &missing) == MATRIX, "many experts: the third as well");
 
+    const int32_t chosen[3] = { 6, 4, 7 };
+    const int64_t before = dsv4_paging_get_counts().n_bytes;
+    dsv4_paging_announce_early(&w[1], chosen, 3); // any matrix of the layer
+    CHECK(dsv4_paging_get_counts().n_bytes - before == 3*3*MATRIX, "early: all matrices of three experts");
+    for (int32_t expert : chosen) {
+        CHECK(announced(&w[0], expert, 4, &missing) == 0, "early: expert %d not again at its turn", (int) expert);
+    }
+    CHECK(announced(&w[0], 4, 4, &missing) == 3*MATRIX, "early: again with the next token");
+    dsv4_paging_announce_early(&w[0], chosen, 2);
+    CHECK(announced(&w[0], 7, 4, &missing) == 3*MATRIX, "early: another expert at its turn");
+    dsv4_paging_announce_early(&w[0], chosen, 0);
+    CHECK(announced(&w[0], 6, 4, &missing) == 3*MATRIX, "early: what a token before left over is forgotten");
+
     // what was announced is read without being touched
     int64_t left = 0;
     for (int wait = 0; wait < 1000; wait++) {

@@ -35,6 +35,7 @@ from .common import (
     model_or_demo,
     open_model,
     output_options,
+    reading_text,
     sampling_options,
     stats_line,
 )
@@ -248,6 +249,7 @@ class _Chat:
     _totals: _Totals = field(default_factory=_Totals)
     _has_failed: bool = False
     _is_over: bool = False
+    _bandwidth: float | None = None  # of this machine's memory, measured after the first answer
 
     def run(self, *, is_terminal: bool) -> int:
         """Talk until the source ends or the user leaves; return the exit code."""
@@ -315,7 +317,7 @@ class _Chat:
 
     def _close_answer(self, answer: _Answer) -> None:
         stats = self.llm.stats
-        counts = stats_line(stats, self.llm.n_tokens, self.llm.n_ctx)
+        counts = stats_line(stats, self.llm.n_tokens, self.llm.n_ctx, self._reading())
         if answer.finish in ("interrupted", "timeout"):
             counts = f"stopped | {counts}"
         elif answer.finish == "loop":
@@ -332,6 +334,18 @@ class _Chat:
                 f"the context of {self.llm.n_ctx:,} tokens is full; the answer is cut off."
                 " /reset starts a new conversation; a larger -c gives it more room."
             )
+
+    def _reading(self) -> str:
+        """What decoding read, where that is this machine's memory alone, and once for every token."""
+        speed = self.llm.stats.decode_tokens_per_s
+        if not speed or self.llm.plan.gpus or self.llm.stats.n_tokens_drafted:
+            return ""
+        n_bytes = self.llm.token_bytes.total
+        if self._bandwidth is None:
+            from pyllama_dsv4.machine import read_bandwidth
+
+            self._bandwidth = read_bandwidth(n_bytes)
+        return reading_text(speed, n_bytes, self._bandwidth)
 
     def _generate(self, messages: list[dict[str, Any]], answer: _Answer) -> None:
         """Stream the answer to the screen and into `answer`."""

@@ -31,6 +31,7 @@ __all__ = [
     "open_model",
     "output_options",
     "read_prompt",
+    "reading_text",
     "sampling_options",
     "stats_line",
 ]
@@ -440,14 +441,27 @@ def read_prompt(ctx: click.Context, prompt: str | None, file: Path | None) -> st
     return text
 
 
-def stats_line(stats: Stats, n_tokens: int, n_ctx: int) -> str:
-    """Return the counts of a prompt and its answer, and how full the context is, in one line."""
+def stats_line(stats: Stats, n_tokens: int, n_ctx: int, reading: str = "") -> str:
+    """Return the counts of a prompt and its answer, and how full the context is, in one line.
+
+    Args:
+        stats: The counts.
+        n_tokens: Tokens in the context.
+        n_ctx: Its size.
+        reading: See ``reading_text``.
+    """
     cached = f" ({stats.n_tokens_cached:,} cached)" if stats.n_tokens_cached else ""
     return (
         f"prompt {stats.n_tokens_prompt:,}{cached}{_speed(stats.prefill_tokens_per_s)}"
-        f" | answer {stats.n_tokens_generated:,}{_speed(stats.decode_tokens_per_s)}{_accepted(stats)}"
+        f" | answer {stats.n_tokens_generated:,}{_speed(stats.decode_tokens_per_s)}{_accepted(stats)}{reading}"
         f" | context {n_tokens:,} of {n_ctx:,}"
     )
+
+
+def reading_text(tokens_per_s: float, n_bytes: int, bandwidth: float) -> str:
+    """Return what decoding read: bytes per token, and per second beside what this machine can read."""
+    size = f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.1f} MB"
+    return f", {size} a token: {tokens_per_s * n_bytes / 1e9:.1f} of {bandwidth / 1e9:.1f} GB/s"
 
 
 def _accepted(stats: Stats) -> str:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 from cli_process import TIMEOUT_S, Terminal, command
 
-from pyllama_dsv4 import demo, synth
+from pyllama_dsv4 import Llama, demo, synth
 from pyllama_dsv4.cli.chat import _Shown
 from pyllama_dsv4.cli.terminal import AnswerWriter, Ui
 from pyllama_dsv4.convert import convert
@@ -39,7 +39,8 @@ class Counts(NamedTuple):
 
 def counts(text: str) -> Counts:
     found = re.search(
-        r"prompt ([\d,]+)(?: \(([\d,]+) cached\))?[^|]*\| answer ([\d,]+)[^|]*\|\s+context ([\d,]+) of", text
+        r"prompt ([\d,]+)(?: \(([\d,]+) cached\))?[^|]*\| answer ([\d,]+)[^|]*\|\s+context\s+([\d,]+)\s+of",
+        text,
     )
     assert found, text
     return Counts(*(int((number or "0").replace(",", "")) for number in found.groups()))
@@ -89,6 +90,24 @@ def test_a_conversation(model: Path, terminal: Start) -> None:
 
     chat.keys("/quit\r")
     assert chat.end()[1] == 0
+
+
+def test_what_decoding_read_stands_beside_what_memory_gives(model: Path, run: Run) -> None:
+    result = run("chat", model, *PLAIN, "-n", 20, input=b"Hello\nAnd then?\n")
+    assert result.returncode == 0, result.stderr
+    found = re.findall(
+        r"answer [\d,]+, ([\d.]+) t/s, ([\d.]+) MB a token:\s+([\d.]+) of ([\d.]+) GB/s",
+        result.stderr.decode(),
+    )
+    assert len(found) == 2
+    assert found[0][3] == found[1][3]  # measured once
+    with Llama(model, n_ctx=2048) as llm:
+        plain = llm.token_bytes.total
+        llm.eval([1] * 600)  # caches are counted in steps of 256
+        assert llm.token_bytes.total > plain
+    for speed, size, rate, _ in found:
+        assert float(size) == pytest.approx(plain / 1e6, rel=0.05)
+        assert float(rate) == pytest.approx(float(speed) * float(size) / 1e3, abs=0.06)
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(model: Path, terminal: Start) -> None:

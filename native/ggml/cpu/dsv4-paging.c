@@ -9,6 +9,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stddef.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -17,6 +18,8 @@ enum { MAX_LAYERS = 512, MINCORE_PAGES = 1024 };
 struct layer {
     const char * data[DSV4_PAGING_MATRICES]; // NULL: fewer matrices
     size_t       matrix_bytes[DSV4_PAGING_MATRICES];
+    int32_t      early[DSV4_PAGING_AHEAD]; // experts that are announced and not used yet
+    int          n_early;
 };
 
 static atomic_bool      g_is_on;
@@ -70,6 +73,17 @@ static void announce(const char * data, size_t n_bytes) {
     madvise(begin, n_bytes, MADV_WILLNEED);
 }
 
+static struct layer * layer_of(const struct ggml_tensor * w) { // the mutex is held
+    for (int i = 0; i < g_n_layers && i < MAX_LAYERS; i++) {
+        for (int j = 0; j < DSV4_PAGING_MATRICES; j++) {
+            if (g_layers[i].data[j] == w->data) {
+                return &g_layers[i];
+            }
+        }
+    }
+    return NULL;
+}
+
 void dsv4_paging_join(const struct ggml_tensor * const * weights, int n) {
     struct layer layer = { 0 };
     for (int i = 0; i < n; i++) {
@@ -77,14 +91,8 @@ void dsv4_paging_join(const struct ggml_tensor * const * weights, int n) {
         layer.matrix_bytes[i] = weights[i]->nb[2];
     }
     pthread_mutex_lock(&g_mutex);
-    const int n_known = g_n_layers < MAX_LAYERS ? g_n_layers : MAX_LAYERS;
-    bool is_known = false;
-    for (int i = 0; i < n_known && !is_known; i++) {
-        is_known = true;
-        for (int j = 0; j < DSV4_PAGING_MATRICES; j++) {
-            is_known = is_known && g_layers[i].data[j] == layer.data[j];
-        }
-    }
+    const struct layer * known = layer_of(weights[0]);
+    const bool is_known = known && memcmp(known->data, layer.data, sizeof(layer.data)) == 0;
     if (!is_known) {
         g_layers[g_n_layers++ % MAX_LAYERS] = layer;
     }
@@ -97,21 +105,51 @@ void dsv4_paging_join(const struct ggml_tensor * const * weights, int n) {
     }
 }
 
+static void announce_expert(const struct layer * layer, int32_t expert) {
+    for (int i = 0; i < DSV4_PAGING_MATRICES && layer->data[i]; i++) {
+        announce(layer->data[i] + (size_t) expert*layer->matrix_bytes[i], layer->matrix_bytes[i]);
+    }
+}
+
+// Takes an expert off the list of those that were announced early.
+static bool was_early(struct layer * layer, int32_t expert) {
+    for (int i = 0; i < layer->n_early; i++) {
+        if (layer->early[i] == expert) {
+            layer->early[i] = layer->early[--layer->n_early];
+            return true;
+        }
+    }
+    return false;
+}
+
 void dsv4_paging_announce(const struct ggml_tensor * w, int32_t expert, int32_t n_chosen) {
-    struct layer layer = { { w->data }, { w->nb[2] } };
+    struct layer layer = { .data = { w->data }, .matrix_bytes = { w->nb[2] } };
     if (n_chosen <= DSV4_PAGING_AHEAD) {
         pthread_mutex_lock(&g_mutex);
-        for (int i = 0; i < g_n_layers && i < MAX_LAYERS; i++) {
-            if (g_layers[i].data[0] == w->data) {
-                layer = g_layers[i];
-            } else if (g_layers[i].data[1] == w->data || g_layers[i].data[2] == w->data) {
-                layer.data[0] = NULL; // was announced with the first
+        struct layer * known = layer_of(w);
+        if (known) {
+            layer = *known;
+            if (known->data[0] != w->data || was_early(known, expert)) {
+                layer.data[0] = NULL; // was announced with the first, or early
             }
         }
         pthread_mutex_unlock(&g_mutex);
     }
-    for (int i = 0; i < DSV4_PAGING_MATRICES && layer.data[i]; i++) {
-        announce(layer.data[i] + (size_t) expert*layer.matrix_bytes[i], layer.matrix_bytes[i]);
+    announce_expert(&layer, expert);
+}
+
+void dsv4_paging_announce_early(const struct ggml_tensor * w, const int32_t * experts, int n) {
+    struct layer layer = { 0 };
+    pthread_mutex_lock(&g_mutex);
+    struct layer * known = layer_of(w);
+    if (known) {
+        memcpy(known->early, experts, n*sizeof(*experts));
+        known->n_early = n;
+        layer = *known;
+    }
+    pthread_mutex_unlock(&g_mutex);
+    for (int i = 0; i < n; i++) {
+        announce_expert(&layer, experts[i]);
     }
 }
 
@@ -131,6 +169,10 @@ void dsv4_paging_join(const struct ggml_tensor * const * weights, int n) {
 
 void dsv4_paging_announce(const struct ggml_tensor * w, int32_t expert, int32_t n_chosen) {
     (void) w; (void) expert; (void) n_chosen;
+}
+
+void dsv4_paging_announce_early(const struct ggml_tensor * w, const int32_t * experts, int n) {
+    (void) w; (void) experts; (void) n;
 }
 
 struct dsv4_paging_counts dsv4_paging_get_counts(void) {

@@ -20,7 +20,7 @@ enum {
     DSV4_PAGING_MATRICES = 3, // of an expert: gate, up, down
 };
 
-// For the whole process. Contexts that exist take part after their next graph is built.
+// For the whole process.
 void dsv4_paging_set(bool is_on);
 bool dsv4_paging_is_on(void);
 
@@ -30,6 +30,10 @@ void dsv4_paging_join(const struct ggml_tensor * const * weights, int n);
 // Announces one expert of w, of n_chosen that are needed now. Few are announced for all matrices of the layer when the first
 // is at work, and not again.
 void dsv4_paging_announce(const struct ggml_tensor * w, int32_t expert, int32_t n_chosen);
+
+// Announces n <= DSV4_PAGING_AHEAD different experts of the layer that w joined, for all its matrices, before its turn comes.
+// That turn then announces them no more.
+void dsv4_paging_announce_early(const struct ggml_tensor * w, const int32_t * experts, int n);
 
 struct dsv4_paging_counts {
     int64_t n_bytes;         // of experts that were announced
