@@ -34,7 +34,9 @@ PORT_DEFAULT = 50052
 N_WORKERS_MAX = 16
 _N_DEVICES_MAX = 16  # of one worker
 _N_POLLS_STAY = 10  # half a second
-_ENDPOINT = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+(?:%[\w.-]+)?\]|[^:\[\]]+)(?::(?P<port>[^:]*))?")
+_ENDPOINT = re.compile(
+    r"(?P<host>\[[0-9A-Fa-f]*:[0-9A-Fa-f:.]+(?:%[\w.-]+)?\]|[^:\[\]]+)(?::(?P<port>[^:]*))?"
+)
 _HINT = "Start `pyllama-dsv4 rpc-server` there, of the same version as here."
 
 
@@ -108,6 +110,9 @@ def _devices(endpoint: str | None, name: str) -> list[Device]:
     n = check(
         lib.pyl_devices(c_endpoint, pointers, n_bytes, _N_DEVICES_MAX), "connecting", WorkerError, hint=_HINT
     )
+    if endpoint is not None and not all(n_bytes[i] for i in range(n)):
+        # known from before, and lost since: its memory is asked for in vain
+        raise WorkerError(f"worker {endpoint} cannot be reached", found="no memory that it lends", hint=_HINT)
     numbers = [f" {i}" for i in range(n)] if n > 1 or endpoint is None else [""]
     return [Device(f"{name}{numbers[i]}", int(n_bytes[i]), pointers[i]) for i in range(n)]
 
