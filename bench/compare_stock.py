@@ -28,8 +28,8 @@ sys.path.insert(0, str(ROOT / "buildutils"))
 import vendor  # noqa: E402
 
 
-def build_stock() -> Path:
-    """Build the unpatched pin and its runner, and return the program."""
+def build_stock(program: str = "stock-runner") -> Path:
+    """Build the unpatched pin and a program of bench/stock, and return the program."""
     build = ROOT / "build" / "stock"
     configure = ["cmake", "-S", str(ROOT / "bench" / "stock"), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release"]
     configure.append(f"-DLLAMA_CPP={vendor.pristine()}")
@@ -39,9 +39,19 @@ def build_stock() -> Path:
         configure += ["-DCMAKE_C_COMPILER_LAUNCHER=ccache", "-DCMAKE_CXX_COMPILER_LAUNCHER=ccache"]
     # the pin would take the commit of the folder around it
     environment = {**os.environ, "GIT_DIR": str(build / "no-git")}
-    for command in (configure, ["cmake", "--build", str(build), "--target", "stock-runner", "-j", "2"]):
+    n_jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", "2")
+    for command in (configure, ["cmake", "--build", str(build), "--target", program, "-j", n_jobs]):
         subprocess.run(command, check=True, env=environment, stdout=sys.stderr)
-    return build / "stock-runner"
+    return build / program
+
+
+def convert_for_stock(file: Path) -> Path:
+    """Write the stock conversion of a native file beside it, once, and return it."""
+    stock_file = file.with_name(file.stem + ".stock.gguf")
+    if not stock_file.exists():
+        command = [sys.executable, "-m", "pyllama_dsv4", "translate", "--to", "upstream", "--dense", "q8_0"]
+        subprocess.run([*command, str(file), str(stock_file)], check=True, stdout=sys.stderr)
+    return stock_file
 
 
 class Stock:
@@ -130,10 +140,7 @@ def main() -> None:
     if args.rounds < 2:
         parser.error("--rounds must be at least 2: the spread is part of the answer")
 
-    stock_file = args.file.with_name(args.file.stem + ".stock.gguf")
-    if not stock_file.exists():
-        command = [sys.executable, "-m", "pyllama_dsv4", "translate", "--to", "upstream", "--dense", "q8_0"]
-        subprocess.run([*command, str(args.file), str(stock_file)], check=True, stdout=sys.stderr)
+    stock_file = convert_for_stock(args.file)
     program = build_stock()
 
     n_ctx = max(*args.prompt, args.gen, 1) + 1

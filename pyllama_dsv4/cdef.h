@@ -462,7 +462,7 @@ int32_t pyl_quantize(const char *path_in, const char *path_out, struct llama_mod
 bool pyl_quantize_knows(enum llama_ftype ftype);
 int32_t pyl_tokenize(const struct llama_vocab *vocab, const char *text, int32_t n_bytes, int32_t *ids, int32_t n_max, bool parse_special);
 int32_t pyl_token_bytes(const struct llama_vocab *vocab, int32_t id, char *buf, int32_t size);
-int32_t pyl_server_run(int32_t argc, const char * const *argv);
+int32_t pyl_server_run(int32_t argc, const char * const *argv, int32_t n_requests_max);
 const char *pyl_rpc_version(void);
 void pyl_rpc_identity(uint8_t *out);
 int32_t pyl_devices(const char *endpoint, ggml_backend_dev_t *devices, uint64_t *n_bytes, int32_t n_max);

@@ -234,7 +234,7 @@ class LlamaBase:
             self._check_draft(draft_model)
         self.plan: Plan = plan_model(
             self._report,
-            **device_plan(devices, n_gpu_layers),
+            **device_plan(devices, n_gpu_layers, n_cpu_moe),
             n_ctx=n_ctx,
             n_batch=n_batch,
             n_ubatch=n_ubatch,

@@ -7,6 +7,7 @@ same patch series. It has no authentication and no encryption.
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ PORT_DEFAULT = 50052
 N_WORKERS_MAX = 16
 _N_DEVICES_MAX = 16  # of one worker
 _N_POLLS_STAY = 10  # half a second
+_ENDPOINT = re.compile(
+    r"(?P<host>\[[0-9A-Fa-f]*:[0-9A-Fa-f:.]+(?:%[\w.-]+)?\]|[^:\[\]]+)(?::(?P<port>[^:]*))?"
+)
 _HINT = "Start `pyllama-dsv4 rpc-server` there, of the same version as here."
 
 
@@ -60,7 +64,8 @@ def endpoints(workers: str | Sequence[str]) -> list[str]:
     """Return ``host:port`` for each worker.
 
     Args:
-        workers: A list, or one text with commas; without a port ``PORT_DEFAULT`` is meant.
+        workers: A list, or one text with commas; without a port ``PORT_DEFAULT`` is meant. IPv6 addresses stand in
+            brackets.
 
     Raises:
         ArgumentError: Not of that form, a worker named twice, or more than ``N_WORKERS_MAX``.
@@ -68,9 +73,13 @@ def endpoints(workers: str | Sequence[str]) -> list[str]:
     names = [workers] if isinstance(workers, str) else list(workers)
     found: list[str] = []
     for name in (part.strip() for entry in names for part in entry.split(",")):
-        host, _, port = name.rpartition(":") if ":" in name else (name, ":", str(PORT_DEFAULT))
-        if not host or ":" in host or not port.isdecimal() or not 0 < int(port) < 65536:
-            raise ArgumentError("naming workers", key="rpc", found=repr(name), expected="host:port")
+        match = _ENDPOINT.fullmatch(name)
+        host = match["host"] if match else ""
+        port = match["port"] if match and match["port"] is not None else str(PORT_DEFAULT)
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise ArgumentError(
+                "naming workers", key="rpc", found=repr(name), expected="host:port or [IPv6 address]:port"
+            )
         found.append(f"{host}:{int(port)}")
     if len(set(found)) != len(found):
         raise ArgumentError("naming workers", key="rpc", found=", ".join(found), expected="each once")
@@ -90,12 +99,7 @@ def rpc_devices(workers: str | Sequence[str]) -> list[Device]:
     """
     found: list[Device] = []
     for endpoint in endpoints(workers) if workers else ():
-        host, _, port = endpoint.partition(":")
-        try:
-            address = socket.getaddrinfo(host, int(port), socket.AF_INET, socket.SOCK_STREAM)[0][4][0]
-        except OSError as error:
-            raise WorkerError(f"worker {endpoint} cannot be found", found=error.strerror) from error
-        found += _devices(f"{address}:{port}", endpoint)
+        found += _devices(endpoint, endpoint)
     return found + _devices(None, "GPU") if found else []
 
 
@@ -106,11 +110,14 @@ def _devices(endpoint: str | None, name: str) -> list[Device]:
     n = check(
         lib.pyl_devices(c_endpoint, pointers, n_bytes, _N_DEVICES_MAX), "connecting", WorkerError, hint=_HINT
     )
+    if endpoint is not None and not all(n_bytes[i] for i in range(n)):
+        # known from before, and lost since: its memory is asked for in vain
+        raise WorkerError(f"worker {endpoint} cannot be reached", found="no memory that it lends", hint=_HINT)
     numbers = [f" {i}" for i in range(n)] if n > 1 or endpoint is None else [""]
     return [Device(f"{name}{numbers[i]}", int(n_bytes[i]), pointers[i]) for i in range(n)]
 
 
-def device_plan(devices: Sequence[Device], n_gpu_layers: int | str) -> dict[str, Any]:
+def device_plan(devices: Sequence[Device], n_gpu_layers: int | str, n_cpu_moe: int = 0) -> dict[str, Any]:
     """Return the keywords of ``plan_model`` that count workers as GPUs; none if there are no workers."""
     if not devices:
         return {}
@@ -118,7 +125,7 @@ def device_plan(devices: Sequence[Device], n_gpu_layers: int | str) -> dict[str,
         "gpu_bytes": [device.n_bytes_free for device in devices],
         "gpu_names": [device.name for device in devices],
         "n_gpu_layers": -1 if n_gpu_layers == "auto" else n_gpu_layers,
-        "n_cpu_moe": 0,
+        "n_cpu_moe": n_cpu_moe,
     }
 
 
@@ -127,7 +134,7 @@ def device_plan(devices: Sequence[Device], n_gpu_layers: int | str) -> dict[str,
 
 def is_loopback(host: str) -> bool:
     """Tell whether only this machine can reach the address."""
-    return host.startswith("127.")
+    return host in ("localhost", "::1", "[::1]") or host.startswith("127.")
 
 
 def run_worker(
@@ -154,7 +161,7 @@ def run_worker(
         KeyboardInterrupt: The way it ends.
     """
     try:
-        address = socket.getaddrinfo(host, port, socket.AF_INET, socket.SOCK_STREAM)[0][4][0]
+        address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0][4][0]
     except OSError as error:
         raise WorkerError(f"listening on {host}, port {port}", found=error.strerror) from error
     if cache is not None:

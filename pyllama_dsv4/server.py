@@ -7,26 +7,31 @@ over its signals and its log, so it belongs to the command line: one call per pr
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import signal
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Literal
 
-from ._native import check, drain_log, encode_path, ffi, lib
+from ._native import build_info, check, drain_log, encode_path, ffi, lib, series_digest
 from .context import ACT_QUANT_LEVELS
 from .draft import N_DRAFT_DEFAULT, check_n_draft, check_pair
 from .errors import ArgumentError, ServerError
+from .header import HeaderReport
 from .model import check_model
 from .paging import fits_in_memory
 from .placement import Placement
 from .plan import N_CTX_DEFAULT, N_UBATCH_DEFAULT, Plan, plan_model
 from .rpc import device_plan, endpoints, rpc_devices
+from .state import model_fingerprint
 
-__all__ = ["HOST_DEFAULT", "PORT_DEFAULT", "run_server"]
+__all__ = ["HOST_DEFAULT", "N_REQUESTS_DEFAULT", "PORT_DEFAULT", "run_server"]
 
 HOST_DEFAULT = "127.0.0.1"
 PORT_DEFAULT = 8080
+N_REQUESTS_DEFAULT = 256
 N_SLOTS_AUTO = 4
 """Slots that upstream makes when none are asked for. Each can then hold the whole context; else they divide it."""
 _LEVELS = {"quiet": "1", "normal": "3", "verbose": "4"}  # errors; what happens; what happens to each request
@@ -39,6 +44,8 @@ def run_server(
     port: int = PORT_DEFAULT,
     api_key: str | None = None,
     n_slots: int | None = None,
+    n_requests_max: int = N_REQUESTS_DEFAULT,
+    sessions: str | os.PathLike[str] | None = None,
     n_ctx: int = N_CTX_DEFAULT,
     n_batch: int = N_UBATCH_DEFAULT,
     n_ubatch: int = N_UBATCH_DEFAULT,
@@ -70,6 +77,9 @@ def run_server(
         port: 0 takes a free one, which the log names.
         api_key: What clients must send; None lets everybody in.
         n_slots: Requests answered at the same time, sharing the context; None leaves it to the server.
+        n_requests_max: Requests that are answered or wait; a further one gets an error 503.
+        sessions: Folder in which clients may save slots. Each model, build and setting has its own folder in it, so
+            that nothing is restored elsewhere.
         log: ``quiet``, ``normal`` or ``verbose``.
         use_color: Colour the log.
         args: Further options of upstream's server; they win over the ones before.
@@ -87,6 +97,7 @@ def run_server(
         MemoryLimitError: The plan does not fit.
         WorkerError: A worker cannot be reached or is of another build.
         ServerError: The port is taken, or the server failed; its log says why.
+        OSError: The folder for sessions cannot be made.
     """
     if act_quant not in ACT_QUANT_LEVELS:
         raise ArgumentError("serving", key="act_quant", found=act_quant, expected=", ".join(ACT_QUANT_LEVELS))
@@ -101,7 +112,7 @@ def run_server(
         n_gpu_layers = -1
     plan = plan_model(
         report,
-        **device_plan(devices, n_gpu_layers),
+        **device_plan(devices, n_gpu_layers, n_cpu_moe),
         n_ctx=n_ctx if n_slots is None else max(n_ctx // n_slots, 1),
         n_seq=N_SLOTS_AUTO if n_slots is None else n_slots,
         n_batch=n_batch,
@@ -145,6 +156,11 @@ def run_server(
         **({} if n_slots is None else {"-np": n_slots}),
         **({"--rpc": ",".join(endpoints(rpc))} if devices else {}),
         **({} if api_key is None else {"--api-key": api_key}),
+        **(
+            {}
+            if sessions is None
+            else {"--slot-save-path": _own_folder(sessions, report, cache_type, act_quant)}
+        ),
     }
     words = [b"pyllama-dsv4", b"-m", encode_path(path)]
     words += [str(word).encode() for pair in options.items() for word in pair]
@@ -163,8 +179,29 @@ def run_server(
         lib.pyl_rpc_register()
     c_words = [ffi.new("char[]", word) for word in words]
     drain_log()
-    number = check(lib.pyl_server_run(len(words), [*c_words, ffi.NULL]), "serving", ServerError, path=path)
+    number = check(
+        lib.pyl_server_run(len(words), [*c_words, ffi.NULL], n_requests_max),
+        "serving",
+        ServerError,
+        path=path,
+    )
     return signal.Signals(number) if number else None
+
+
+def _own_folder(
+    sessions: str | os.PathLike[str], report: HeaderReport, cache_type: str, act_quant: str
+) -> Path:
+    """Make and return the folder for what this model, build and settings save: the engine's files do not say."""
+    identity = (
+        model_fingerprint((shard.path, shard.data_start) for shard in report.header.shards),
+        build_info()["llama.cpp"],
+        series_digest(),
+        cache_type,
+        act_quant,
+    )
+    folder = Path(sessions) / hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _check_port(host: str, port: int) -> None:

@@ -50,8 +50,8 @@ class Worker:
 
     @property
     def address(self) -> tuple[str, int]:
-        host, port = self.endpoint.split(":")
-        return host, int(port)
+        host, _, port = self.endpoint.rpartition(":")
+        return host.strip("[]"), int(port)
 
     def wait_for(self, pattern: str) -> re.Match[str]:
         """Wait until the log has it."""

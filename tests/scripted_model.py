@@ -21,7 +21,7 @@ EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 """Tensors of native files; BF16, one row of n_embd values per token."""
 
 
-def scripted_model(demo: Path, out: Path, text: str, *, after: str) -> Path:
+def scripted_model(demo: Path, out: Path, text: str, *, after: str, by_letter: bool = False) -> Path:
     """Write a model that says `text` and ends.
 
     Args:
@@ -29,9 +29,15 @@ def scripted_model(demo: Path, out: Path, text: str, *, after: str) -> Path:
         out: The file to write.
         text: At most as many different tokens as the model has channels; special tokens are spelled out.
         after: Last token of the prompts that `text` answers, ``<think>`` or ``</think>``.
+        by_letter: Say it letter by letter, which is not how the tokeniser divides it; ``</think>`` stays one token.
     """
     with Llama(demo, n_ctx=256, n_threads=1, warmup=False) as llm:
-        ids = llm.tokenize(f"{after}{text}<｜end▁of▁sentence｜>", special=True)
+        pieces = [text]
+        if by_letter:
+            parts = text.split("</think>")
+            pieces = [*parts[0], *(piece for part in parts[1:] for piece in ("</think>", *part))]
+        pieces = [after, *pieces, "<｜end▁of▁sentence｜>"]
+        ids = [token for piece in pieces for token in llm.tokenize(piece, special=True)]
     shutil.copyfile(demo, out)
     rows = {token: i for i, token in enumerate(dict.fromkeys(ids))}
     tensors = {tensor.name: tensor for tensor in read_header(out).tensors}

@@ -7,6 +7,7 @@
 #include "dsv4-template.h"
 #include "error.h"
 #include "nesting.h"
+#include "prompt-messages.h"
 #include "prompt-parts.h"
 
 #include "chat.h"
@@ -23,11 +24,6 @@ using json = common_json;
 namespace {
 
 struct bad_request : std::runtime_error {
-    using std::runtime_error::runtime_error;
-};
-
-// The request is well-formed, and the template cannot say it.
-struct no_such_role : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
@@ -95,7 +91,7 @@ struct request {
                 throw;
             } catch (const std::bad_alloc &) {
                 throw;
-            } catch (const no_such_role &) {
+            } catch (const pyl_no_such_role &) {
                 throw;
             } catch (const std::exception & err) {
                 throw bad_request("request: '" + key + "': " + err.what());
@@ -109,56 +105,20 @@ struct request {
                 throw bad_request("request: 'tool_name' names no tool");
             }
         }
-        if (!inputs.messages.empty() && inputs.messages.back().role == DSV4_ROLE_TASK) {
-            // the answer is text, whatever the conversation before it was
-            inputs.chat_template_kwargs["thinking"] = inputs.enable_thinking ? "true" : "false";
-            inputs.enable_thinking = false;
-            inputs.tool_choice     = COMMON_CHAT_TOOL_CHOICE_NONE;
-        }
+        pyl_expect_task(inputs);
     }
 
   private:
     bool is_extended;
 
-    void add_message(const char * role, const std::string & content) {
-        common_chat_msg msg;
-        msg.role    = role;
-        msg.content = content;
-        inputs.messages.push_back(msg);
-    }
-
-    // Source: DeepSeek's encoding_dsv4.py. A developer's message is a user's turn of its own; upstream would make it the
-    // system's.
-    void set_messages(const json & value) {
-        size_t i = 0;
-        for (auto & msg : common_chat_msgs_parse_oaicompat(value)) {
-            const json &      source       = value.at(i++);
-            const bool        has_task     = source.contains("task");
-            const std::string task         = has_task ? source.at("task").get<std::string>() : "";
-            const bool        is_developer = is_extended && msg.role == "developer";
-            if (has_task && !dsv4_is_task(task)) {
-                throw bad_request("request: unknown task '" + task + "'");
-            }
-            if (!is_extended && (has_task || msg.role == "latest_reminder")) {
-                throw no_such_role("this chat template has neither tasks nor the role 'latest_reminder'");
-            }
-            if (is_developer) {
-                add_message(DSV4_ROLE_TURN_END, "");
-                msg.role = "user";
-            }
-            inputs.messages.push_back(msg);
-            if (is_developer) {
-                add_message(DSV4_ROLE_TURN_END, "");
-            }
-            if (has_task) {
-                add_message(DSV4_ROLE_TASK, task);
-            }
-        }
-    }
-
     void set(const std::string & key, const json & value) {
         if (key == "messages") {
-            set_messages(value);
+            inputs.messages = common_chat_msgs_parse_oaicompat(value);
+            try {
+                pyl_add_roles(value, is_extended, true, inputs);
+            } catch (const std::invalid_argument & err) {
+                throw bad_request(std::string("request: ") + err.what());
+            }
             for (const auto & msg : inputs.messages) {
                 for (const auto & call : msg.tool_calls) {
                     parse_json(call.arguments, "tool call arguments");
@@ -302,10 +262,7 @@ int32_t pyl_chat_format(const struct pyl_chat * chat, const char * request_json,
     return guard_request([&] {
         const request req(request_json, chat->is_extended);
         auto params = common_chat_templates_apply(chat->templates.get(), req.inputs);
-        if (chat->is_extended && req.inputs.add_generation_prompt && params.generation_prompt.empty()) {
-            // behind a task or a reminder the answer begins without a header, and is read as if there was one
-            params.generation_prompt = req.inputs.enable_thinking ? "<｜Assistant｜><think>" : "<｜Assistant｜></think>";
-        }
+        pyl_set_header(chat->is_extended, req.inputs, params);
         const auto parts  = pyl_prompt_parts(params);
         const auto tokens = pyl_prompt_tokens(chat->vocab, chat->tokenizer, parts);
 

@@ -242,7 +242,7 @@ int32_t pyl_token_bytes(const struct llama_vocab * vocab, int32_t id, char * buf
 // options. Returns the number of that signal, 0 when it ended by itself, or a pyl_status; what went wrong is in the log,
 // which goes to stderr from here on. The second SIGINT or SIGTERM, or one during a load that cannot be cancelled, ends the
 // process at once with exit code 128 + signal. Options such as --help end the process as well. Once per process.
-int32_t pyl_server_run(int32_t argc, const char * const * argv);
+int32_t pyl_server_run(int32_t argc, const char * const * argv, int32_t n_requests_max);
 
 // --- several machines ---
 

@@ -9,6 +9,7 @@
 #include <chrono>
 #include <cstring>
 #include <fcntl.h>
+#include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
@@ -156,26 +157,91 @@ void dsv4_link::stop() {
     }
 }
 
-int dsv4_link::connect(int fd, const struct sockaddr * address, size_t n_bytes) {
-    t_reason.clear();
+namespace {
+
+using addresses = std::unique_ptr<struct addrinfo, decltype(&freeaddrinfo)>;
+
+addresses resolve(std::string host, int port, int flags) {
+    if (host.size() > 2 && host.front() == '[' && host.back() == ']') {
+        host = host.substr(1, host.size() - 2);
+    }
+    struct addrinfo hints = {};
+    hints.ai_socktype = SOCK_STREAM;
+    hints.ai_flags    = flags | AI_NUMERICSERV;
+    struct addrinfo * found = nullptr;
+    const int error = getaddrinfo(host.c_str(), std::to_string(port).c_str(), &hints, &found);
+    if (error != 0) {
+        t_reason = std::string("cannot be found: ") + gai_strerror(error);
+        found    = nullptr;
+        errno    = EADDRNOTAVAIL;
+    }
+    return addresses(found, freeaddrinfo);
+}
+
+// 0, or the error
+int connect_within(int fd, const struct addrinfo & address, int limit_ms) {
     const int flags = fcntl(fd, F_GETFL, 0);
     fcntl(fd, F_SETFL, flags | O_NONBLOCK);
-    int error = ::connect(fd, address, n_bytes) == 0 ? 0 : errno;
+    int error = ::connect(fd, address.ai_addr, address.ai_addrlen) == 0 ? 0 : errno;
     if (error == EINPROGRESS) {
         struct pollfd entry = { fd, POLLOUT, 0 };
         socklen_t n_error = sizeof(error);
-        const int n = poll(&entry, 1, CONNECT_MS);
+        const int n = poll(&entry, 1, limit_ms);
         if (n <= 0 || getsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &n_error) != 0) {
             error = n == 0 ? ETIMEDOUT : errno;
         }
     }
     fcntl(fd, F_SETFL, flags);
-    if (error != 0) {
-        t_reason = std::string("cannot be reached: ") + strerror(error);
-        close(fd);
-        return -1;
+    return error;
+}
+
+} // namespace
+
+int dsv4_link::connect(const char * host, int port) {
+    t_reason.clear();
+    const auto found = resolve(host, port, 0);
+    int n_left = 0;
+    for (auto * address = found.get(); address; address = address->ai_next) {
+        n_left++;
     }
-    return 0;
+    int left_ms = CONNECT_MS;
+    for (auto * address = found.get(); address; address = address->ai_next) {
+        const int limit_ms = left_ms / n_left--; // a silent address leaves time for those behind it
+        const auto start   = std::chrono::steady_clock::now();
+        const int fd       = socket(address->ai_family, address->ai_socktype, address->ai_protocol);
+        const int on       = 1;
+        const int error    = fd < 0 ? errno : connect_within(fd, *address, limit_ms);
+        if (error == 0) {
+            t_reason.clear();
+            setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
+            return fd;
+        }
+        t_reason = std::string("cannot be reached: ") + strerror(error);
+        if (fd >= 0) {
+            close(fd);
+        }
+        left_ms -= int(std::chrono::duration_cast<std::chrono::milliseconds>(std::chrono::steady_clock::now() - start).count());
+        left_ms  = std::max(left_ms, 1);
+    }
+    return -1;
+}
+
+int dsv4_link::listen(const char * host, int port) {
+    const auto found = resolve(host, port, AI_PASSIVE);
+    for (auto * address = found.get(); address; address = address->ai_next) {
+        const int fd = socket(address->ai_family, address->ai_socktype, address->ai_protocol);
+        const int on = 1;
+        if (fd >= 0 && setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on)) == 0 &&
+                bind(fd, address->ai_addr, address->ai_addrlen) == 0 && ::listen(fd, 1) == 0) {
+            return fd;
+        }
+        const int error = errno;
+        if (fd >= 0) {
+            close(fd);
+        }
+        errno = error;
+    }
+    return -1;
 }
 
 void dsv4_link::run_beat() {

@@ -19,7 +19,6 @@
 
 struct ggml_backend;
 struct socket_t;
-struct sockaddr;
 
 #define DSV4_RPC_BEAT        UINT64_MAX
 #define DSV4_RPC_N_IDENTITY  24 // RPC_CONN_CAPS_SIZE
@@ -71,8 +70,9 @@ class dsv4_link {
 
     void stop(); // before the descriptor is closed
 
-    // Connect with a time limit; the descriptor is closed on failure. Negative on failure.
-    static int connect(int fd, const struct sockaddr * address, size_t n_bytes);
+    // A descriptor; negative on failure. The host is a name, an IPv4 address or an IPv6 address, with brackets or without.
+    static int connect(const char * host, int port); // within a time limit, to the first of its addresses that answers
+    static int listen(const char * host, int port);  // errno says why not
 
     bool send(const void * data, size_t size);
     bool recv(void * data, size_t size);

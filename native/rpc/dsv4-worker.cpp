@@ -55,12 +55,13 @@ std::vector<backend_ptr> make_backends(size_t n_threads) {
 }
 
 int port_of(int fd) {
-    struct sockaddr_in address = {};
+    struct sockaddr_storage address = {};
     socklen_t n_bytes = sizeof(address);
     if (getsockname(fd, reinterpret_cast<struct sockaddr *>(&address), &n_bytes) != 0) {
         throw std::runtime_error(std::string("listening failed: ") + strerror(errno));
     }
-    return ntohs(address.sin_port);
+    return ntohs(address.ss_family == AF_INET6 ? reinterpret_cast<struct sockaddr_in6 &>(address).sin6_port
+                                               : reinterpret_cast<struct sockaddr_in &>(address).sin_port);
 }
 
 // Greets a client as a worker does, but with DSV4_RPC_BUSY.

@@ -176,7 +176,7 @@ bool dsv4_server_is_ending(void) {
     return g_is_ending;
 }
 
-int32_t pyl_server_run(int32_t argc, const char * const * argv) {
+int32_t pyl_server_run(int32_t argc, const char * const * argv, int32_t n_requests_max) {
     return pyl_guard([&]() -> int32_t {
         setlocale(LC_NUMERIC, "C");
         common_params params;
@@ -189,6 +189,7 @@ int32_t pyl_server_run(int32_t argc, const char * const * argv) {
             pyl_set_error(err.what());
             return PYL_ERROR_ARGUMENT;
         }
+        dsv4_server_set_requests_max(n_requests_max);
         signal_watch watch;
         server_stream_session_manager_start();
         llama_numa_init(params.numa);

@@ -128,7 +128,7 @@ def plan(
             raise click.UsageError("--rpc asks what there is, --gpu says it: give one of them.")
         from pyllama_dsv4.rpc import device_plan, rpc_devices  # loads the engine
 
-        options.update(device_plan(rpc_devices(rpc), n_gpu_layers))
+        options.update(device_plan(rpc_devices(rpc), n_gpu_layers, values["n_cpu_moe"] or 0))
     result = plan_model(report, **options).with_bandwidth(None if bandwidth is None else bandwidth * GB)
     if as_json:
         click.echo(json.dumps(result.as_dict(), indent=2))

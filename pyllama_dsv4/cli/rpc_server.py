@@ -65,7 +65,8 @@ def rpc_server(
     def on_start(address: str, number: int) -> None:
         who = "" if is_loopback(address) else f" Everybody who can reach {address} can use this machine."
         ui.warn(f"the protocol has no authentication and no encryption.{who}")
-        ui.note(f"listening on {address}:{number}; Ctrl-C ends it")
+        name = f"[{address}]" if ":" in address and not address.startswith("[") else address
+        ui.note(f"listening on {name}:{number}; Ctrl-C ends it")
 
     def on_client(is_there: bool) -> None:
         ui.note("a client has come" if is_there else "the client has left")

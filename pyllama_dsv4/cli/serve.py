@@ -9,7 +9,7 @@ from typing import Any, Final
 import click
 
 from .answers import SPEED, draft_options
-from .common import Options, load_options, model_argument, output_options
+from .common import Options, load_options, model_argument, model_or_demo, output_options
 from .exit_codes import ExitCode
 from .help import Command, option
 
@@ -46,6 +46,7 @@ class _Serve(Command):
     cls=_Serve,
     examples=(
         "pyllama-dsv4 serve flash.gguf",
+        "pyllama-dsv4 serve flash.gguf --sessions ~/sessions",
         "pyllama-dsv4 serve flash.gguf -c 65536 -np 2 -- --temp 0.6",
         "PYLLAMA_DSV4_API_KEY=... pyllama-dsv4 serve flash.gguf --host 0.0.0.0",
         "pyllama-dsv4 serve flash.gguf -- --help",
@@ -67,6 +68,14 @@ class _Serve(Command):
     "-np", "--parallel", "n_slots", type=click.IntRange(1, 256), metavar="N", default_text="4", section=SERVER,
     is_brief=True, help="Requests answered at the same time; they share the context.",
 )  # fmt: skip
+@option(
+    "--max-requests", "n_requests_max", type=click.IntRange(1, 1000), metavar="N", default=256, section=SERVER,
+    help="Requests that are answered or wait; further ones are told that the server is busy (503).",
+)  # fmt: skip
+@option(
+    "--sessions", type=click.Path(path_type=Path, file_okay=False), metavar="FOLDER", section=SERVER,
+    help="Let clients save and restore slots there: POST /slots/N?action=save. Off unless given.",
+)  # fmt: skip
 @draft_options(SPEED)
 @model_argument
 @load_options
@@ -81,9 +90,11 @@ def serve(
     n_slots: int | None,
     draft_model: Path | None,
     n_draft: int,
+    n_requests_max: int,
+    sessions: Path | None,
     **values: Any,
 ) -> int:
-    """Serve a model to OpenAI and Anthropic clients over HTTP.
+    """Serve a model to OpenAI and Anthropic clients over HTTP; without FILE, the demo model.
 
     POST /v1/chat/completions, /v1/completions, /v1/responses and /v1/messages, with streaming, tools and thinking;
     GET /health, /metrics, /slots, /v1/models. Pages of other origins may not read answers (CORS is off). ARGS are
@@ -94,19 +105,20 @@ def serve(
         if arg in _OURS:
             raise click.UsageError(f"{arg} is not the server's here: use {_OURS[arg]}.", ctx=ctx)
     options = Options.take(ctx, values)
-    if options.path is None:
-        raise click.UsageError("no model: give a GGUF file.", ctx=ctx)
+    path, _ = model_or_demo(options)
     from pyllama_dsv4.server import run_server
 
     sys.stdout.flush()
     sent = run_server(
-        options.path,
+        path,
         host=host,
         port=port,
         api_key=api_key,
         n_slots=n_slots,
         draft_model=draft_model,
         n_draft=n_draft,
+        n_requests_max=n_requests_max,
+        sessions=sessions,
         **options.load,
         log="quiet" if options.ui.is_quiet else "verbose" if options.is_verbose else "normal",
         use_color=options.ui.is_color,

@@ -117,6 +117,31 @@ def test_serve_takes_workers_and_survives_their_loss(model: Path, start: Start, 
     assert server.stop(signal.SIGINT) == 130
 
 
+@pytest.mark.parametrize("host", ["localhost", "[::1]"])
+def test_serve_takes_names_and_ipv6(model: Path, start: Start, tmp_path: Path, host: str) -> None:
+    if host == "[::1]":
+        try:
+            socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+        except OSError:
+            pytest.skip("this machine has no IPv6")
+    worker = start("--host", host)
+    place = f"{host}:{worker.address[1]}"
+    server = Server(tmp_path / "log", model, "-c", 512, "--rpc", place)
+    status, answer = server.wait().post("/completion", {"prompt": "Once", "n_predict": 4})
+    assert (status, answer["tokens_predicted"]) == (200, 4)
+    assert server.stop() == 143
+
+
+def test_serve_keeps_experts_here(model: Path, pair: list[Worker], tmp_path: Path) -> None:
+    body = {"prompt": "Once", "n_predict": 8, "temperature": 0}
+    texts = []
+    for args in ((), ("--rpc", pair[0].endpoint, "-ncmoe", 99)):
+        server = Server(tmp_path / f"log{len(texts)}", model, "-c", 512, *args)
+        texts.append(server.wait().post("/completion", body)[1]["content"])
+        server.stop()
+    assert texts[0] == texts[1]
+
+
 def test_serve_with_a_worker_that_hangs(model: Path, start: Start, tmp_path: Path) -> None:
     import time
 

@@ -39,6 +39,14 @@ from pyllama_dsv4.rpc import endpoints, rpc_devices
 PROMPT = "The capital of France is a city in which many people live."
 
 
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
 def identity() -> bytes:
     out = ffi.new("uint8_t[24]")
     lib.pyl_rpc_identity(out)
@@ -98,6 +106,43 @@ def test_both_workers_hold_a_part(model: Path, pair: list[Worker]) -> None:
 def test_some_layers_may_stay_here(model: Path, pair: list[Worker]) -> None:
     here, there = outcome(model), outcome(model, rpc=pair[0].endpoint, n_gpu_layers=1)
     assert there[0] == here[0]
+
+
+def test_experts_may_stay_here(model: Path, pair: list[Worker]) -> None:
+    here = outcome(model)
+    with Llama(model, n_ctx=256, n_threads=1, rpc=names(pair)) as llm:
+        n_before = sum(gpu.weights for gpu in llm.plan.gpus)
+    with Llama(model, n_ctx=256, n_threads=1, rpc=names(pair), n_cpu_moe=99) as llm:
+        n_after = sum(gpu.weights for gpu in llm.plan.gpus)
+        entries = ffi.new("struct pyl_memory[8]")
+        n = lib.pyl_memory_breakdown(llm._context.pointer, entries, 8)
+        used = {text(entries[i].name): int(entries[i].weights) for i in range(n)}
+    assert n_after < n_before
+    there = sum(size for name, size in used.items() if name.startswith("RPC"))
+    assert there == pytest.approx(n_after, rel=0.001)
+    there_too = outcome(model, rpc=names(pair), n_cpu_moe=99)
+    assert there_too[0] == here[0]
+    assert np.array_equal(there_too[1], here[1])
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+def test_ipv6(model: Path, start: Start) -> None:
+    worker = start("--host", "::1")
+    assert worker.endpoint.startswith("[::1]:")
+    assert "Everybody" not in worker.log
+    assert outcome(model, rpc=worker.endpoint)[0] == outcome(model)[0]
+    worker.process.kill()
+    worker.process.wait()
+    with named_error(worker.endpoint, "cannot be reached"):
+        Llama(model, rpc=worker.endpoint)
+
+
+def test_a_name_is_looked_up(model: Path, pair: list[Worker]) -> None:
+    """Also where it has an IPv6 address first, at which nobody listens."""
+    endpoint = f"localhost:{pair[0].address[1]}"
+    with Llama(model, n_ctx=256, n_threads=1, rpc=endpoint) as llm:
+        assert [gpu.name for gpu in llm.plan.gpus] == [endpoint]
+        llm.eval([1, 2, 3])
 
 
 def test_a_saved_state_goes_on_elsewhere(model: Path, pair: list[Worker]) -> None:
@@ -286,9 +331,13 @@ def test_no_error_ends_the_process(model: Path, start: Start) -> None:
 def test_endpoints() -> None:
     assert endpoints("a:1,b") == ["a:1", "b:50052"]
     assert endpoints(["a:1", " b:2 "]) == ["a:1", "b:2"]
+    assert endpoints("[::1]:1,[fe80::1%eth0]") == ["[::1]:1", "[fe80::1%eth0]:50052"]
 
 
-@pytest.mark.parametrize("names", ["", "a:", ":1", "a:b", "a:0", "a:65536", "a:1,", "a:1,a:1", "::1:50052"])
+@pytest.mark.parametrize(
+    "names",
+    ["", "a:", ":1", "a:b", "a:0", "a:65536", "a:1,", "a:1,a:1", "::1:50052", "[::1", "[a]:1", "[]:1"],
+)
 def test_malformed_endpoints(names: str) -> None:
     with pytest.raises(ArgumentError, match="naming workers"):
         endpoints(names)

@@ -14,6 +14,7 @@ from cli_process import TIMEOUT_S, command
 from server_process import EXACT, Server, Start
 
 from pyllama_dsv4 import Llama
+from pyllama_dsv4.demo import demo_model, demo_note, is_trained
 
 
 def run(*args: object) -> subprocess.CompletedProcess[str]:
@@ -93,7 +94,6 @@ def test_the_servers_own_options_win(start: Start, model: Path) -> None:
     ("args", "code", "text"),
     [
         (["no-such.gguf"], 3, "no-such.gguf"),
-        ([], 2, "no model"),
         (["MODEL", "--prot", "1"], 2, "--port"),
         (["MODEL", "--", "--no-such-option"], 2, "--no-such-option"),
         (["MODEL", "--", "--version"], 2, "pyllama-dsv4 --version"),
@@ -108,6 +108,15 @@ def test_the_servers_own_options_win(start: Start, model: Path) -> None:
 def test_what_it_refuses(model: Path, args: list[str], code: int, text: str) -> None:
     done = run(*[model if arg == "MODEL" else arg for arg in args])
     assert (done.returncode, text in done.stderr) == (code, True), done.stderr
+
+
+def test_without_a_file_it_serves_the_demo_model(start: Start, tmp_path: Path) -> None:
+    server = start("-c", 1024, env={"XDG_CACHE_HOME": str(tmp_path)}).wait()
+    assert demo_note() in " ".join(server.log.split())
+    expected = demo_model().name if is_trained() else "demo-"
+    assert server.get("/v1/models")[1]["data"][0]["id"].startswith(expected)
+    body = {"messages": [{"role": "user", "content": "What is 17 + 25?"}], "max_tokens": 4}
+    assert server.post("/v1/chat/completions", body)[0] == 200
 
 
 def test_help_is_ours_and_the_servers_is_in_reach(model: Path) -> None:

@@ -40,6 +40,15 @@ CHATS: dict[str, dict[str, Any]] = {
             {"role": "user", "content": "weather?"},
         ]
     },
+    "task": {"messages": [{"role": "user", "content": f"weather? {NAMED}", "task": "query"}]},
+    "task with header": {"messages": [{"role": "user", "content": "weather?", "task": "action"}]},
+    "answered task": {
+        "messages": [
+            {"role": "user", "content": "weather?", "task": "domain"},
+            {"role": "assistant", "content": "weather"},
+            {"role": "user", "content": "more"},
+        ]
+    },
     "tools": {"messages": [{"role": "user", "content": "weather?"}], "tools": [WEATHER]},
     "tool results": {
         "messages": [
@@ -79,7 +88,7 @@ def test_the_prompt_has_the_librarys_length(server: Server, llm: Llama, name: st
     assert (status, answer["usage"]["prompt_tokens"]) == (200, len(expected))
 
 
-@pytest.mark.parametrize("name", ["plain", "named tokens", "history", "tools"])
+@pytest.mark.parametrize("name", ["plain", "named tokens", "history", "tools", "task", "reminder"])
 def test_the_most_likely_answer_is_the_librarys(server: Server, llm: Llama, name: str) -> None:
     ids = llm.format_chat_tokens(**CHATS[name], thinking=False)
     text = "".join(llm.generate(ids, max_tokens=12, temperature=0))
@@ -103,12 +112,31 @@ def test_a_request_cannot_bring_its_own_parts(server: Server, llm: Llama) -> Non
     assert answer["usage"]["prompt_tokens"] == expected
 
 
-def test_quick_tasks_are_refused_by_name(server: Server) -> None:
-    """They would be left out without a word: the server's answers are read otherwise than a task's."""
-    messages = [{"role": "user", "content": "x"}, {"role": "user", "content": "y", "task": "query"}]
-    for place in ("/v1/chat/completions", "/v1/chat/completions/input_tokens"):
-        status, answer = server.post(place, {"messages": messages, "max_tokens": 1})
-        assert (status, "messages[1].task" in answer["error"]["message"]) == (400, True), answer
+def test_a_developer_is_the_systems_or_a_turn(server: Server, llm: Llama) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "developer", "content": "Really."}]
+    counts = {}
+    for is_turn in (False, True):
+        options = {"enable_thinking": False, "developer_turns": is_turn}
+        body = {"messages": messages, "max_tokens": 1, "chat_template_kwargs": options}
+        _, answer = server.post("/v1/chat/completions", body)
+        counts[is_turn] = answer["usage"]["prompt_tokens"]
+    as_system = [messages[0], {**messages[1], "role": "system"}]
+    assert counts[True] == len(llm.format_chat_tokens(messages, thinking=False))
+    assert counts[False] == len(llm.format_chat_tokens(as_system, thinking=False)) != counts[True]
+
+
+def test_the_answer_to_a_task_is_text(server: Server) -> None:
+    body = {**CHATS["task"], "max_tokens": 8, "temperature": 0, "tools": [WEATHER]}
+    _, answer = server.post("/v1/chat/completions", body)
+    message = answer["choices"][0]["message"]
+    assert message["content"]
+    assert not message.get("reasoning_content")
+
+
+def test_a_task_that_there_is_not_is_named(server: Server) -> None:
+    body = {"messages": [{"role": "user", "content": "x", "task": "dance"}], "max_tokens": 1}
+    status, answer = server.post("/v1/chat/completions", body)
+    assert (status, "dance" in answer["error"]["message"]) == (400, True)
 
 
 def test_a_role_whose_token_the_vocabulary_lacks_is_refused_by_name(
