@@ -30,7 +30,7 @@ COMMAND = Path(sys.executable).with_name("pyllama-dsv4")
 N_ROWS = 400
 TIMEOUT_S = 120.0
 PROMPT = "> "
-CHAT = "pyllama-dsv4 chat -n 16 --temp 0 -t 2"
+CHAT = "pyllama-dsv4 chat -n 80 --temp 0 -t 2"
 
 CONVERSATION = [
     {"role": "user", "content": "Is <think> a token?"},
@@ -223,7 +223,7 @@ def svg(screen: pyte.Screen, title: str) -> str:
     width, height = screen.columns * _WIDTH + 2 * _MARGIN, n_rows * _HEIGHT + 2 * _MARGIN
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height}" '
-        f'viewBox="0 0 {width:.0f} {height}" role="img">',
+        f'viewBox="0 0 {width:.0f} {height}" role="img" xml:space="preserve">',
         f"<title>{html.escape(title)}</title>",
         f"<style>{_STYLE}</style>",
         '<rect width="100%" height="100%" rx="8" fill="#1f2430"/>',
