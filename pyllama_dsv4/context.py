@@ -454,7 +454,9 @@ class Context:
             self._run(work, watch)
             for seq, array in zip(seqs, arrays, strict=True):
                 self._n_tokens[seq] += array.size
-            rows = [np.empty((len(indices), self.n_vocab), np.float32) for indices in wanted]
+            rows: list[npt.NDArray[np.float32]] = [
+                np.empty((len(indices), self.n_vocab), np.float32) for indices in wanted
+            ]
             for part, indices in zip(rows, wanted, strict=True):
                 for row, index in zip(part, indices, strict=True):
                     self._copy_logits(int(index), row)

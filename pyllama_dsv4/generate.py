@@ -236,10 +236,9 @@ class LoopFinder:
 
     def __init__(self, n: int) -> None:
         self._n = n
-        self._ids = np.full(n // 4, -1, np.int64)  # newest first
-        self._runs = np.zeros(
-            n // 4, np.int64
-        )  # for each period, how many tokens in a row equalled the one before
+        self._ids: npt.NDArray[np.int64] = np.full(n // 4, -1, np.int64)  # newest first
+        # for each period, how many tokens in a row equalled the one before
+        self._runs: npt.NDArray[np.int64] = np.zeros(n // 4, np.int64)
 
     def feed(self, token: int) -> bool:
         """Take a token; return whether the last `n` repeat."""
@@ -299,7 +298,7 @@ class _Ids:
 
     def __init__(self, ids: Sequence[int]) -> None:
         self._n = len(ids)
-        self._buffer = np.empty(max(256, 2 * self._n), np.int32)
+        self._buffer: npt.NDArray[np.int32] = np.empty(max(256, 2 * self._n), np.int32)
         self._buffer[: self._n] = ids
 
     def append(self, token: int) -> None:

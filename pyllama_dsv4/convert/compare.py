@@ -152,7 +152,7 @@ def _compare(
     n_done = 0
     in_source = in_file = None
     made = tensor_jobs(checkpoint, spec)
-    piece = np.empty(0, np.uint8)
+    piece: Bytes = np.empty(0, np.uint8)
 
     def read(start: int, n_bytes: int) -> Bytes:
         assert (start, n_bytes) == (n_done, piece.size)  # both directions use the same pieces
