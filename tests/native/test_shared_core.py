@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 RATIO_MAX = 150.0  # patched: 117 at most on a machine with a load of 6; upstream: 450 there
+N_TRIES = 3  # what else runs on the machine can only make it slower
 
 SCRIPT = """
 import os, subprocess, sys, time
@@ -40,13 +41,18 @@ print(*times_s)
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs CPU affinity (Linux)")
 def test_two_threads_on_one_core_make_progress(tiny_upstream: Path) -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tiny_upstream)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    one_s, two_s = map(float, run.stdout.split())
-    assert two_s < RATIO_MAX * one_s
+    ratios = []
+    for _ in range(N_TRIES):
+        run = subprocess.run(
+            [sys.executable, "-c", SCRIPT, str(tiny_upstream)],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert run.returncode == 0, run.stderr
+        one_s, two_s = map(float, run.stdout.split())
+        ratios.append(two_s / one_s)
+        if ratios[-1] < RATIO_MAX:
+            break
+    assert min(ratios) < RATIO_MAX, ratios
